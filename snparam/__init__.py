@@ -1,0 +1,24 @@
+"""snparam: hold the spectral norm of a PyTorch network's weights."""
+
+from .conversion import convert_model, plan_conversion, restore_model
+from .parametrization import SpectralNorm
+from .plan import ConversionPlan
+from .registration import register_sn, remove_sn
+from .spectrum import singular_values, verify
+from .training import cached, frozen
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConversionPlan",
+    "SpectralNorm",
+    "cached",
+    "convert_model",
+    "frozen",
+    "plan_conversion",
+    "register_sn",
+    "remove_sn",
+    "restore_model",
+    "singular_values",
+    "verify",
+]

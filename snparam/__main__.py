@@ -1,0 +1,8 @@
+"""``python -m snparam``."""
+
+import sys
+
+from snparam.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

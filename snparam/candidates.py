@@ -1,0 +1,182 @@
+"""Whether a tensor can be registered, how it is read, and the state it starts with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from . import linalg
+from .layers import Weight
+from .options import Settings
+from .parametrization import SpectralNorm, compute_dtype
+from .scopes import norm_on
+from .views import View
+
+_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a tensor cannot be registered, and what would help."""
+
+    what: str
+    remedy: str
+    error: type[Exception] = ValueError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tensor that may be registered: where it is, how to read it, what stands against it.
+
+    Attributes:
+        weight: the tensor's place in the layer table's terms.
+        settings: the options.
+        label: what to call it in errors.
+        view: how it is read, or None where it cannot be.
+        problem: what stands against registering it, without looking at its values, or None.
+    """
+
+    weight: Weight
+    settings: Settings
+    label: str
+    view: View | None
+    problem: Problem | None
+
+    @classmethod
+    def of(cls, weight: Weight, settings: Settings, label: str) -> Candidate:
+        """Look at a tensor's type, shape and dtype, not yet at its values."""
+        problem = _obstacle(weight)
+        view = None
+        if problem is None:
+            blocks = weight.layout.natural if settings.blocks == "auto" else settings.blocks or 1
+            try:
+                view = weight.layout.view(_tensor(weight).shape, blocks)
+            except ValueError as error:
+                problem = Problem(str(error), "choose blocks that divide the rows")
+        return cls(weight, settings, label, view, problem)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor itself, not normalised."""
+        return _tensor(self.weight)
+
+    @property
+    def available(self) -> int:
+        """How many singular values each matrix has."""
+        assert self.view is not None
+        return min(self.view.matrices[1:])
+
+    def check(self) -> None:
+        """Raise what stands against registering, values excepted."""
+        problem = self.problem
+        if problem is None and self.settings.num_svs > self.available:
+            problem = Problem(
+                f"num_svs={self.settings.num_svs} exceeds min(rows, columns)={self.available}",
+                f"pass num_svs <= {self.available}",
+            )
+        if problem is not None:
+            raise problem.error(self.message(problem))
+
+    def message(self, problem: Problem) -> str:
+        """An error's text: where, what shape, what is wrong, what to do."""
+        tensor = _find(self.weight)
+        shape = "" if tensor is None or is_lazy(tensor) else f" {tuple(tensor.shape)}"
+        return f"SpectralNorm on {self.label}{shape}: {problem.what}; {problem.remedy}."
+
+    @torch.no_grad()
+    def estimate(self) -> tuple[Tensor, Tensor]:
+        """Converged u (b, k, m) and sv (b, k) of the tensor, in the dtypes they are kept in.
+
+        Raises:
+            ValueError: if the tensor has NaN or inf.
+        """
+        assert self.view is not None
+        tensor = self.tensor.detach()
+        if not bool(torch.isfinite(tensor).all()):
+            problem = Problem("it has NaN or inf", "repair or re-initialise it first")
+            raise ValueError(self.message(problem))
+        count = min(self.settings.num_svs, self.available)
+        u, sv = linalg.converged(self.view.to_matrices(tensor), count)
+        dtype = compute_dtype(tensor.dtype)
+        return u.to(dtype), sv.to(dtype.to_real())
+
+    def make(self, estimate: tuple[Tensor, Tensor] | None = None) -> SpectralNorm:
+        """The parametrization, from a converged estimate (computed here where not given).
+
+        With `init="random"` the estimate is only the check that the values are finite.
+        """
+        assert self.view is not None
+        u, sv = self.estimate() if estimate is None else estimate
+        if self.settings.init == "random":
+            u = linalg.orthonormal_rows(torch.randn_like(u))
+            sv = torch.ones_like(sv)
+        return SpectralNorm(self.view, self.settings, u, sv, self.label)
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether a tensor has no shape yet."""
+    return nn.parameter.is_lazy(tensor)
+
+
+def _obstacle(weight: Weight) -> Problem | None:
+    name = weight.tensor_name
+    if parametrize.is_parametrized(weight.owner, name):
+        if norm_on(weight.owner, name):
+            return Problem("it is registered already", "remove_sn first to change its options")
+        others = weight.owner.parametrizations[name]  # type: ignore[index]
+        kinds = ", ".join(type(other).__name__ for other in others)
+        return Problem(f"it is parametrized already, by {kinds}", "remove that parametrization")
+    tensor = _find(weight)
+    if tensor is None:
+        return Problem(
+            "it is no parameter or buffer (a quantised module, or one with a weight hook)",
+            "remove the hook, or convert before quantising",
+            TypeError,
+        )
+    if is_lazy(tensor):
+        return Problem("it is uninitialised (a lazy module)", "run one forward first")
+    if weight.obstacle is not None:
+        return Problem(weight.obstacle, "change that, or leave this layer out")
+    return _tensor_obstacle(tensor)
+
+
+def _tensor_obstacle(tensor: Tensor) -> Problem | None:
+    if tensor.is_quantized:
+        return Problem("it is quantised", "convert before quantising", TypeError)
+    if tensor.layout != torch.strided:
+        return Problem(f"its layout is {tensor.layout}", "make it dense", TypeError)
+    if tensor.dtype not in _DTYPES:
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        return Problem(f"its dtype is {tensor.dtype}", f"one of {kinds} is needed", TypeError)
+    if tensor.ndim < 2:
+        return Problem(
+            f"it has {tensor.ndim} dimension(s), and singular values belong to matrices",
+            "register on a tensor of two or more dimensions",
+        )
+    if tensor.numel() == 0:
+        return Problem("it has no entries", "leave this layer out")
+    if tensor.is_meta:
+        return Problem("it is on the meta device, without values", "load its values first")
+    return None
+
+
+def _find(weight: Weight) -> Tensor | None:
+    owner, name = weight.owner, weight.tensor_name
+    tensor = owner._parameters.get(name)
+    return owner._buffers.get(name) if tensor is None else tensor
+
+
+def _tensor(weight: Weight) -> Tensor:
+    tensor = _find(weight)
+    assert tensor is not None
+    return tensor

@@ -1,0 +1,296 @@
+"""A whole model: the plan of a conversion, the conversion, and the way back."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from typing_extensions import Unpack
+
+from .candidates import Candidate
+from .options import Options, documents_options, settings_from
+from .parametrization import SpectralNorm
+from .plan import (
+    ALREADY,
+    CONVERT,
+    REFUSE,
+    SKIP,
+    ConversionPlan,
+    PlanRow,
+    Site,
+    carried_norms,
+    sites_of,
+)
+from .registration import attach_all, detach, read_as_eval
+from .scopes import close_scope, norm_on, norms_of, open_scope
+from .selection import Filter, Selection, Selectors
+
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+
+
+@documents_options
+def plan_conversion(
+    model: nn.Module,
+    num_svs: int = 1,
+    num_itrs: int = 1,
+    *,
+    include: Selectors = None,
+    exclude: Selectors = None,
+    filter_fn: Filter | None = None,
+    progress: bool | None = None,
+    **options: Unpack[Options],
+) -> ConversionPlan:
+    """What `convert_model` would do with the same arguments; nothing is changed.
+
+    Every parameter of two or more dimensions is in the plan, converted or skipped with a reason.
+
+    Args:
+        model: the network.
+        include: module types and name patterns, one or several; only weights inside what they pick
+            are converted. Patterns are matched by whole path segments from the root: `layers.1` is
+            not `layers.10`, `*` is anything within a segment, `**` any number of segments. None
+            (the default) includes everything.
+        exclude: the same, for what is left alone; it wins over `include`.
+        filter_fn: `filter_fn(module, qualified_name) -> bool`, True means convert.
+        progress: a progress bar on stderr (tqdm, extra `progress`): None (the default) shows it on
+            a terminal once the work has taken two seconds, True always, False never.
+    {options}
+
+    Returns:
+        The plan, a list of rows; `print(plan)` shows it as a table.
+
+    Raises:
+        ValueError: if a pattern or type matches nothing, or an option is out of range.
+        TypeError: for an unknown option or a selector of a wrong type.
+        ImportError: if `progress=True` and tqdm is not installed.
+    """
+    settings = settings_from(num_svs, num_itrs, options)
+    selection = Selection.of(include, exclude, filter_fn, model)
+    sites = list(sites_of(model, settings))
+    together: dict[int, list[Site]] = {}
+    for site in sites:
+        together.setdefault(site.key, []).append(site)
+    carried = carried_norms(model)
+    rows = [_decide(s, selection, together[s.key], carried.get(s.key)) for s in sites]
+    estimates: dict[int, tuple[Tensor, Tensor] | ValueError] = {}
+    plan = ConversionPlan()
+    for row in _with_progress(rows, progress):
+        plan.append(_estimated(row, estimates) if row.decision == CONVERT else row)
+    return plan
+
+
+@documents_options
+def convert_model(
+    model: _ModuleT,
+    num_svs: int = 1,
+    num_itrs: int = 1,
+    *,
+    include: Selectors = None,
+    exclude: Selectors = None,
+    filter_fn: Filter | None = None,
+    progress: bool | None = None,
+    **options: Unpack[Options],
+) -> _ModuleT:
+    """Hold the spectral norm of every eligible weight of a network at 1, in place.
+
+    Carries out exactly what `plan_conversion` with the same arguments shows; see `register_sn` for
+    what happens to one weight. The Parameters stay the same objects, so that an optimizer made
+    before still trains them. Converting again changes nothing. Weights that modules share stay
+    shared, with one state. Dividing by σ changes the function that the network computes.
+
+    Args:
+        model: the network, changed in place.
+        include: module types and name patterns, one or several; only weights inside what they pick
+            are converted. Patterns are matched by whole path segments from the root: `layers.1` is
+            not `layers.10`, `*` is anything within a segment, `**` any number of segments. None
+            (the default) includes everything.
+        exclude: the same, for what is left alone; it wins over `include`.
+        filter_fn: `filter_fn(module, qualified_name) -> bool`, True means convert.
+        progress: a progress bar on stderr (tqdm, extra `progress`): None (the default) shows it on
+            a terminal once the work has taken two seconds, True always, False never.
+    {options}
+
+    Returns:
+        The model.
+
+    Warns:
+        UserWarning: if nothing was converted, with the module types seen.
+
+    Raises:
+        ValueError: if a pattern or type matches nothing, an option is out of range, or a weight to
+            be converted has NaN or inf; the model is then as it was.
+        TypeError: for an unknown option or a selector of a wrong type.
+        ImportError: if `progress=True` and tqdm is not installed.
+    """
+    plan = plan_conversion(
+        model,
+        num_svs,
+        num_itrs,
+        include=include,
+        exclude=exclude,
+        filter_fn=filter_fn,
+        progress=progress,
+        **options,
+    )
+    refused = [row for row in plan if row.decision == REFUSE]
+    if refused:
+        raise ValueError("\n".join(row.reason for row in refused))
+    if not plan.to_convert and not any(row.reason == ALREADY for row in plan):
+        warnings.warn(_nothing_converted(model, plan), UserWarning, stacklevel=2)
+    _carry_out(plan)
+    return model
+
+
+def restore_model(model: _ModuleT, bake: bool = True) -> _ModuleT:
+    """Leave an ordinary network behind: the same Parameters, the original classes, plain keys.
+
+    Args:
+        model: a network with SpectralNorm on some of its weights, changed back in place. A network
+            without any is left as it is.
+        bake: True (the default) leaves the normalised weights, to the bit those that eval mode
+            uses, without a further step. False leaves the original parameters, to the bit.
+
+    Returns:
+        The model.
+    """
+    carriers = [(m, tensor) for m in model.modules() for tensor, _ in norms_of(m)]
+    values = [read_as_eval(module, tensor) if bake else None for module, tensor in carriers]
+    for (module, tensor), value in zip(carriers, values, strict=True):
+        detach(module, tensor, value)
+    for module in model.modules():
+        close_scope(module)
+    return model
+
+
+# Deciding
+
+
+def _decide(
+    site: Site, selection: Selection, sharers: Sequence[Site], carried: SpectralNorm | None
+) -> PlanRow:
+    """The row of a site, before its values are looked at."""
+    candidate = site.candidate
+    row = PlanRow(
+        name=site.name,
+        tensor=site.tensor,
+        layer_type=parametrize.type_before_parametrizations(site.owner).__name__,
+        shape=site.shape,
+        matrices=candidate.view.matrices if candidate and candidate.view else None,
+        sigma=None,
+        decision=SKIP,
+        reason=site.reason,
+        site=site,
+        shares=carried,
+    )
+    if candidate is None:
+        return row
+    norm = norm_on(site.owner, site.tensor)
+    if norm is not None:
+        return replace(row, matrices=norm.view.matrices, reason=ALREADY)
+    against = selection.reason_against(site.path, site.owner, site.name, site.tensor)
+    if against is not None:
+        return replace(row, reason=against)
+    if candidate.problem is not None:
+        return replace(row, reason=candidate.problem.what)
+    obstacle, note = _sharing(site, sharers, selection)
+    if obstacle:
+        return replace(row, reason=obstacle)
+    if candidate.settings.num_svs > candidate.available:
+        note = [f"tracks {candidate.available} singular values, all it has", *note]
+    return replace(row, decision=CONVERT, reason="; ".join(note))
+
+
+def _sharing(site: Site, sharers: Sequence[Site], selection: Selection) -> tuple[str, list[str]]:
+    """What sharing its Parameter means for a site: why not to convert it, or notes."""
+    assert site.candidate is not None
+    note = []
+    for other in sharers:
+        if other is site:
+            continue
+        norm = norm_on(other.owner, other.tensor)
+        view = norm.view if norm is not None else other.candidate and other.candidate.view
+        if other.candidate is None or view is None:
+            return f"shared with {other.weight_name}, which is not normalised: {_why(other)}", []
+        if view != site.candidate.view:
+            return f"shared with {other.weight_name}, which reads it as other matrices", []
+        against = selection.reason_against(other.path, other.owner, other.name, other.tensor)
+        if norm is None and against is not None:
+            note.append(f"shares its parameter with {other.weight_name}, left alone ({against})")
+        else:
+            note.append(f"shares its state with {other.weight_name}")
+    return "", note
+
+
+def _why(site: Site) -> str:
+    if site.candidate is not None and site.candidate.problem is not None:
+        return site.candidate.problem.what
+    return site.reason
+
+
+def _estimated(row: PlanRow, known: dict[int, tuple[Tensor, Tensor] | ValueError]) -> PlanRow:
+    """A row to convert, with σ and the estimate that the conversion will use."""
+    site = row.site
+    assert site.candidate is not None
+    if row.shares is not None:
+        return replace(row, sigma=float(row.shares.sv[:, 0].max()))
+    if site.key not in known:
+        try:
+            known[site.key] = site.candidate.estimate()
+        except ValueError as error:
+            known[site.key] = error
+    estimate = known[site.key]
+    if isinstance(estimate, ValueError):
+        return replace(row, decision=REFUSE, reason=str(estimate))
+    return replace(row, sigma=float(estimate[1][:, 0].max()), estimate=estimate)
+
+
+def _with_progress(rows: Sequence[PlanRow], progress: bool | None) -> Iterable[PlanRow]:
+    if progress is False:
+        return rows
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if progress:
+            raise ImportError("progress=True needs tqdm: pip install 'snparam[progress]'") from None
+        return rows
+    # disable=None: only where stderr is a terminal.
+    shown: Any = {"disable": False} if progress else {"disable": None, "delay": 2.0}
+    bar: Iterable[PlanRow] = tqdm(
+        rows, desc="singular values", unit="weight", file=sys.stderr, leave=False, **shown
+    )
+    return bar
+
+
+# Doing
+
+
+def _carry_out(plan: ConversionPlan) -> None:
+    rows = plan.to_convert
+    norms: dict[int, SpectralNorm] = {}
+    pairs: list[tuple[Candidate, SpectralNorm]] = []
+    for row in rows:
+        candidate = row.site.candidate
+        assert candidate is not None
+        key = row.site.key
+        if key not in norms:
+            norms[key] = row.shares or candidate.make(row.estimate)
+        pairs.append((candidate, norms[key]))
+    attach_all(pairs)
+    for row in rows:
+        if row.site.reader is not None:
+            open_scope(row.site.reader)
+
+
+def _nothing_converted(model: nn.Module, plan: ConversionPlan) -> str:
+    if plan:
+        reasons = sorted({f"{row.weight}: {row.reason}" for row in plan})
+        seen = "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
+    else:
+        kinds = sorted({type(module).__name__ for module in model.modules()})
+        seen = "no parameter of two or more dimensions in " + ", ".join(kinds[:8])
+    return f"convert_model converted nothing in {type(model).__name__} ({seen})"

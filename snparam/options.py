@@ -1,0 +1,116 @@
+"""The options that `register_sn` and `convert_model` share: defined, checked, documented once."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict, TypeVar, cast
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_OPTIONS_DOC = """\
+    num_svs: how many of the largest singular values to track, at least 1. Only the first
+        normalises; the others are for looking at. Default 1: each further one makes the two
+        products of a step wider.
+    num_itrs: power-iteration steps per training forward, at least 1. Default 1, as in Miyato
+        et al. 2018: the weight moves less between two forwards than one step repairs.
+    blocks: how many matrices a weight is read as, each with a σ of its own: a number of equal
+        parts of the rows (a fused q/k/v projection: 3), `"auto"` for the layer's own structure
+        (groups of a convolution, gates of a recurrent layer, 3 for `in_proj_weight`), or None
+        (the default): one matrix, as the classic method reads it. On a tensor of three or more
+        dimensions that belongs to no known layer type, `blocks=weight.shape[0]` reads a stack
+        of experts.
+    init: where `u` starts. `"converged"` (the default): at the singular vectors of the weight,
+        deterministically, so that the first normalised weight has norm 1 and every rank and run
+        agrees. `"random"`: at random orthonormal vectors drawn from torch's global generator,
+        the cold start of the classic layer.
+    eps: floor under the norms that a step divides by, normalize(x) = x / max(‖x‖, eps), at
+        least 0. The classic layer has 1e-12, an absolute number that lets weights with σ below
+        it decay to NaN. Zero norms are caught exactly here, so the default is 0 and weights of
+        every scale are normalised; pass 1e-12 for the classic floor to the letter."""
+
+
+class Options(TypedDict, total=False):
+    """Keyword options of `register_sn`, `plan_conversion` and `convert_model`.
+
+    See `register_sn` for what each one means.
+    """
+
+    blocks: int | Literal["auto"] | None
+    init: Literal["converged", "random"]
+    eps: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Validated options, all present."""
+
+    num_svs: int = 1
+    num_itrs: int = 1
+    blocks: int | Literal["auto"] | None = None
+    init: Literal["converged", "random"] = "converged"
+    eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every value; the error names the option, the value and what is possible."""
+        for name in ("num_svs", "num_itrs"):
+            _check_count(name, getattr(self, name))
+        if self.blocks is not None and self.blocks != "auto":
+            _check_count("blocks", self.blocks, " or 'auto' or None")
+        if self.init not in ("converged", "random"):
+            raise ValueError(f"init={self.init!r}: expected 'converged' or 'random'")
+        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float):
+            raise TypeError(f"eps={self.eps!r}: expected a number, not {type(self.eps).__name__}")
+        if not 0 <= self.eps < math.inf:
+            raise ValueError(f"eps={self.eps!r}: expected a finite number of at least 0")
+
+
+def settings_from(num_svs: int, num_itrs: int, options: Mapping[str, Any]) -> Settings:
+    """Settings from what a caller passed.
+
+    Raises:
+        TypeError: for an unknown option, with the nearest known name, or a value of a wrong type.
+        ValueError: for a value out of range.
+    """
+    known = [field.name for field in fields(Settings) if not field.name.startswith("num_")]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"unknown option {name!r}{hint} The options are: {', '.join(known)}")
+    return Settings(num_svs, num_itrs, **options)
+
+
+def documents_options(function: _Function) -> _Function:
+    """Put the shared options into a function's docstring, at `{options}`, and its signature."""
+    if function.__doc__:
+        function.__doc__ = function.__doc__.replace("    {options}", _indent(_OPTIONS_DOC))
+    signature = inspect.signature(function)
+    keywords = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    hints = Options.__annotations__
+    keywords += [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(Settings)
+        if field.name not in signature.parameters
+    ]
+    cast(Any, function).__signature__ = signature.replace(parameters=keywords)
+    return function
+
+
+def _indent(text: str) -> str:
+    return "\n".join("    " + line if line else line for line in text.splitlines())
+
+
+def _check_count(name: str, value: object, also: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: expected an int{also}, not {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}={value}: expected at least 1")

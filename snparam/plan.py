@@ -1,0 +1,210 @@
+"""The plan of a conversion: where a model's weights are, and what is to become of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .candidates import Candidate, is_lazy
+from .layers import is_packed, weights_of
+from .options import Settings
+from .parametrization import SpectralNorm
+from .scopes import norms_of
+from .tables import aligned
+
+CONVERT, SKIP, REFUSE = "convert", "skip", "refuse"
+ALREADY = "already normalised"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the model where a tensor of two or more dimensions is used.
+
+    Attributes:
+        path: qualified names and modules from the root to the owner, both included.
+        tensor: name of the tensor in its owner.
+        key: identity of the tensor; tied weights have the same.
+        shape: its shape, or () if it has none.
+        candidate: for a tensor that the layer table knows.
+        reason: for one that it does not know: why it is left out.
+    """
+
+    path: tuple[tuple[str, nn.Module], ...]
+    tensor: str
+    key: int
+    shape: tuple[int, ...]
+    candidate: Candidate | None
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """Qualified name of the owner."""
+        return self.path[-1][0]
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the tensor."""
+        return self.path[-1][1]
+
+    @property
+    def weight_name(self) -> str:
+        """Qualified name of the weight."""
+        return f"{self.name}.{self.tensor}" if self.name else self.tensor
+
+    @property
+    def reader(self) -> nn.Module | None:
+        """The module around the owner that has a forward, and so may read the weight itself."""
+        for _, module in reversed(self.path[:-1]):
+            if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+                return None if isinstance(module, nn.Sequential) else module
+        return None
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What a conversion does with one weight.
+
+    Attributes:
+        name: qualified name of the module.
+        tensor: name of the tensor in it.
+        layer_type: name of the module's class.
+        shape: shape of the weight, () where it has none.
+        matrices: (b, m, n), how the weight is read, or None where it is not.
+        sigma: the largest of the blocks' largest singular values now, or None.
+        decision: `"convert"`, `"skip"` or `"refuse"` (the conversion raises).
+        reason: why, in words; empty for an ordinary conversion.
+        site: where the weight is.
+        estimate: u and sv that the conversion will start from.
+        shares: the state that it will share, with a weight that is converted already.
+    """
+
+    name: str
+    tensor: str
+    layer_type: str
+    shape: tuple[int, ...]
+    matrices: tuple[int, int, int] | None
+    sigma: float | None
+    decision: str
+    reason: str
+    site: Site = field(repr=False, compare=False)
+    estimate: tuple[Tensor, Tensor] | None = field(repr=False, compare=False, default=None)
+    shares: SpectralNorm | None = field(repr=False, compare=False, default=None)
+
+    @property
+    def weight(self) -> str:
+        """Qualified name of the weight."""
+        return self.site.weight_name
+
+
+class ConversionPlan(list[PlanRow]):
+    """The rows of a conversion, in the order of the model; `print` shows an aligned table."""
+
+    @property
+    def to_convert(self) -> list[PlanRow]:
+        """The rows that will be converted."""
+        return [row for row in self if row.decision == CONVERT]
+
+    @property
+    def share(self) -> float:
+        """Share of the parameters of two or more dimensions that is normalised afterwards."""
+        total = sum(_sizes(self).values())
+        done = _sizes([r for r in self if r.decision == CONVERT or r.reason == ALREADY])
+        return sum(done.values()) / total if total else 0.0
+
+    def __str__(self) -> str:
+        """An aligned table, closed by the share of the parameters that is normalised."""
+        header = ["weight", "layer", "shape", "matrices", "σ now", "decision", "reason"]
+        rows = [
+            [
+                row.weight,
+                row.layer_type,
+                " x ".join(map(str, row.shape)),
+                "" if row.matrices is None else " x ".join(map(str, row.matrices)),
+                "" if row.sigma is None else f"{row.sigma:.4g}",
+                row.decision,
+                row.reason,
+            ]
+            for row in self
+        ]
+        return (
+            f"{aligned(header, rows)}\n"
+            f"{len(self.to_convert)} of {len(self)} weights to convert; then {self.share:.1%} of the "
+            f"{sum(_sizes(self).values()):,} parameters of two or more dimensions are normalised"
+        )
+
+    __repr__ = __str__
+
+
+def _sizes(rows: Iterable[PlanRow]) -> dict[int, int]:
+    """Number of entries of each different parameter."""
+    return {row.site.key: prod(row.shape) if row.shape else 0 for row in rows}
+
+
+def sites_of(model: nn.Module, settings: Settings) -> Iterator[Site]:
+    for path in _paths(model):
+        name, module = path[-1]
+        prefix = f"{name}." if name else ""
+        listed = {w.tensor_name: w for w in weights_of(module) if w.owner is module}
+        if is_packed(module):
+            yield Site(path, "weight", id(module), (), None, "quantised: its weight is packed")
+        for tensor_name, tensor in _tensors(module):
+            if not is_lazy(tensor) and tensor.ndim < 2:
+                continue
+            shape = () if is_lazy(tensor) else tuple(tensor.shape)
+            weight = listed.get(tensor_name)
+            if weight is not None:
+                candidate = Candidate.of(weight, settings, f"'{prefix}{tensor_name}'")
+                yield Site(path, tensor_name, id(tensor), shape, candidate)
+            else:
+                reason = _not_listed(module, tensor_name)
+                yield Site(path, tensor_name, id(tensor), shape, None, reason)
+
+
+def _paths(model: nn.Module) -> Iterator[tuple[tuple[str, nn.Module], ...]]:
+    """Every different module once, with the way to it from the root."""
+    seen: set[int] = set()
+
+    def walk(
+        path: tuple[tuple[str, nn.Module], ...],
+    ) -> Iterator[tuple[tuple[str, nn.Module], ...]]:
+        name, module = path[-1]
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path
+        for child_name, child in module.named_children():
+            if not (child_name == "parametrizations" and parametrize.is_parametrized(module)):
+                yield from walk((*path, (f"{name}.{child_name}" if name else child_name, child)))
+
+    yield from walk((("", model),))
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of a module by name, those that are parametrized included."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield name, parameter
+    if parametrize.is_parametrized(module):
+        for name, parametrizations in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            for original in parametrizations.parameters(recurse=False):
+                yield name, original
+                break
+
+
+def carried_norms(model: nn.Module) -> dict[int, SpectralNorm]:
+    """The states in a model, by the identity of the Parameter behind."""
+    return {
+        id(module.parametrizations[tensor].original): norm  # type: ignore[index, union-attr]
+        for module in model.modules()
+        for tensor, norm in norms_of(module)
+    }
+
+
+def _not_listed(module: nn.Module, tensor: str) -> str:
+    if isinstance(module.__dict__.get("weight"), Tensor) and weights_of(module) == []:
+        return "its 'weight' is computed by a hook (weight_norm, or the old spectral_norm)"
+    return f"{parametrize.type_before_parametrizations(module).__name__} is not in the layer table"

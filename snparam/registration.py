@@ -1,0 +1,190 @@
+"""One tensor of one module: checking it, registering SpectralNorm on it, removing it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from typing_extensions import Unpack
+
+from .candidates import Candidate, is_lazy
+from .layers import Weight, is_packed, layer_type, weight_named, weights_of
+from .options import Options, documents_options, settings_from
+from .parametrization import SpectralNorm
+from .scopes import close_scope, norm_on, norms_of, open_scope
+
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+
+
+@documents_options
+def register_sn(
+    module: _ModuleT,
+    num_svs: int = 1,
+    num_itrs: int = 1,
+    *,
+    name: str | None = None,
+    **options: Unpack[Options],
+) -> _ModuleT:
+    """Hold the spectral norm of a module's weights at 1, by a parametrization.
+
+    Each weight W is used as W / σ(W), where σ, the largest singular value of W read as a matrix, is
+    estimated by power iteration: `num_itrs` steps per training forward, one unstored step per eval
+    forward. The state, `u` (b, k, m) and `sv` (b, k), is in buffers of
+    `module.parametrizations[name][0]`; the trained Parameter is the same object as before, now
+    `module.parametrizations[name].original`. Dividing by σ changes what the module computes.
+
+    Args:
+        module: the module to change, in place.
+        name: which tensor, such as `"weight"` or `"out_proj.weight"`. None (the default) registers
+            on every weight that the layer table lists for this type of module.
+    {options}
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: if there is no such tensor or none is eligible, if it is registered already, is
+            uninitialised, on the meta device, empty, of one dimension, or has NaN or inf, if it
+            does not split into `blocks`, or if `num_svs` exceeds min(rows, columns).
+        TypeError: if the tensor is quantised, sparse, or of a dtype without singular values.
+        Either way nothing has been changed.
+
+    Source: Miyato et al. 2018, "Spectral normalization for generative adversarial networks";
+    for several singular values, Brock, Donahue and Simonyan 2019 (BigGAN).
+    """
+    settings = settings_from(num_svs, num_itrs, options)
+    weights = weights_of(module) if name is None else [weight_named(module, name)]
+    if not weights:
+        raise _nothing_known(module)
+    candidates = [Candidate.of(w, settings, _name_of(module, w)) for w in weights]
+    for candidate in candidates:
+        candidate.check()
+    states = [candidate.make() for candidate in candidates]
+    attach_all(zip(candidates, states, strict=True))
+    return module
+
+
+def remove_sn(module: _ModuleT, *, name: str | None = None, bake: bool = True) -> _ModuleT:
+    """Leave an ordinary module behind.
+
+    Args:
+        module: a module that `register_sn` or `convert_model` changed; changed back in place.
+        name: which tensor; None (the default) for all of this module's.
+        bake: True (the default) leaves the normalised weight, to the bit the one that eval mode
+            uses, without a further step. False leaves the original parameter, to the bit.
+
+    Returns:
+        The module, with the same Parameter objects, of its original class.
+
+    Raises:
+        ValueError: if the tensor, or the module, does not carry SpectralNorm.
+    """
+    weights = weights_of(module) if name is None else [weight_named(module, name)]
+    owners = {(id(w.owner), w.tensor_name): (w.owner, w.tensor_name) for w in weights}
+    if name is None:
+        owners |= {(id(module), tensor): (module, tensor) for tensor, _ in norms_of(module)}
+    carried = [(owner, tensor) for owner, tensor in owners.values() if norm_on(owner, tensor)]
+    if not carried:
+        what = "no weight" if name is None else f"{name!r} not"
+        raise ValueError(
+            f"{type(module).__name__} has {what} registered with SpectralNorm; "
+            "for a whole network use restore_model"
+        )
+    baked = [read_as_eval(owner, tensor) if bake else None for owner, tensor in carried]
+    for (owner, tensor), value in zip(carried, baked, strict=True):
+        detach(owner, tensor, value)
+    close_scope(module)
+    return module
+
+
+def attach_all(pairs: Iterable[tuple[Candidate, SpectralNorm]]) -> None:
+    """Attach each, or, if one fails, none."""
+    done: list[Candidate] = []
+    try:
+        for candidate, norm in pairs:
+            done.append(candidate)
+            attach(candidate.weight, norm)
+    except BaseException:
+        for candidate in reversed(done):
+            if norm_on(candidate.weight.owner, candidate.weight.tensor_name):
+                detach(candidate.weight.owner, candidate.weight.tensor_name, None)
+        raise
+
+
+def attach(weight: Weight, norm: SpectralNorm) -> None:
+    """Put a SpectralNorm on a tensor. The Parameter stays the same object."""
+    owner, name = weight.owner, weight.tensor_name
+    order = next((p._snparam_order for p in _lists(owner)), tuple(owner._parameters))
+    # A stand-in goes in first: registration would call right_inverse, which converges anew, and
+    # without `unsafe` also forward, which moves the state.
+    parametrize.register_parametrization(owner, name, nn.Module(), unsafe=True)
+    lists: Any = owner.parametrizations
+    lists[name][0] = norm.train(owner.training)
+    lists[name].unsafe = False
+    lists[name]._snparam_order = order
+    row = layer_type(owner)
+    if row is not None:
+        for attribute, value in row.overrides.items():
+            setattr(type(owner), attribute, value)
+    open_scope(owner)
+
+
+def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
+    """Take SpectralNorm off a tensor, leaving the original or, in it, `value`."""
+    lists: Any = owner.parametrizations
+    order = lists[name]._snparam_order
+    original = lists[name].original
+    parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
+    if value is not None:
+        with torch.no_grad():
+            original.copy_(value)
+    tensors = owner._parameters
+    for parameter in sorted(tensors, key=lambda n: order.index(n) if n in order else len(order)):
+        tensors[parameter] = tensors.pop(parameter)
+    if not parametrize.is_parametrized(owner):
+        row = layer_type(owner)
+        if row is not None and row.restored is not None:
+            row.restored(owner)
+    if not any(True for _ in norms_of(owner)):
+        close_scope(owner)
+
+
+@torch.no_grad()
+def read_as_eval(owner: nn.Module, name: str) -> Tensor:
+    """The weight that eval mode uses, whatever the mode; no state moves."""
+    norm = norm_on(owner, name)
+    assert norm is not None
+    training = norm.training
+    norm.training = False
+    try:
+        original = owner.parametrizations[name].original  # type: ignore[index, union-attr]
+        value: Tensor = norm(original)
+    finally:
+        norm.training = training
+    return value
+
+
+def _lists(owner: nn.Module) -> Iterator[Any]:
+    lists: Any = owner._modules.get("parametrizations")
+    for parametrizations in lists.values() if isinstance(lists, nn.ModuleDict) else ():
+        if hasattr(parametrizations, "_snparam_order"):
+            yield parametrizations
+
+
+def _name_of(module: nn.Module, weight: Weight) -> str:
+    return f"'{weight.path}' of {type(module).__name__}"
+
+
+def _nothing_known(module: nn.Module) -> Exception:
+    kind = type(module).__name__
+    if is_packed(module):
+        return TypeError(f"{kind} is quantised: its weight is packed; convert before quantising")
+    own = [n for n, p in module.named_parameters(recurse=False) if not is_lazy(p) and p.ndim >= 2]
+    if own:
+        return ValueError(f"{kind} is not in the layer table; pass name=, one of {own}")
+    if next(module.parameters(), None) is not None and next(module.children(), None) is not None:
+        return ValueError(f"{kind} has no weight of its own; for layers inside use convert_model")
+    return ValueError(f"{kind} has no weight of two or more dimensions")

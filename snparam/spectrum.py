@@ -1,0 +1,154 @@
+"""Looking at singular values: the tracked estimates, and how far they are from the exact ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import linalg
+from .conversion import plan_conversion
+from .parametrization import SpectralNorm
+from .plan import REFUSE
+from .registration import read_as_eval
+from .scopes import norms_of
+from .tables import aligned
+
+
+def norms_in(model: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
+    """Qualified weight names and the SpectralNorm on each, in the order of the model."""
+    for name, module in model.named_modules():
+        for tensor, norm in norms_of(module):
+            yield (f"{name}.{tensor}" if name else tensor), norm
+
+
+def singular_values(model: nn.Module) -> dict[str, Tensor]:
+    """The tracked singular values of a network's weights, by qualified weight name.
+
+    On a converted network: copies of the estimates that the last training forward left, each
+    (b, k), largest first, on the weight's device; nothing is computed and no device is waited for.
+    They are estimates: never above the singular values they stand for, by more than rounding.
+
+    On a network without SpectralNorm: the largest singular value of every weight that
+    `convert_model` would convert, (b, 1), computed now. Nothing is registered or changed. A weight
+    with NaN or inf gives NaN.
+    """
+    tracked = {name: norm.sv.detach().clone() for name, norm in norms_in(model)}
+    if tracked:
+        return tracked
+    computed = {}
+    for row in plan_conversion(model, progress=False):
+        if row.estimate is not None:
+            computed[row.weight] = row.estimate[1]
+        elif row.decision == REFUSE and row.matrices is not None:
+            computed[row.weight] = torch.full((row.matrices[0], 1), torch.nan)
+    return computed
+
+
+@dataclass(frozen=True)
+class VerificationRow:
+    """The check of one weight; of several blocks, the one that drifts most.
+
+    Attributes:
+        name: qualified weight name.
+        shape: shape of the weight.
+        matrices: (b, m, n), how it is read.
+        estimate: σ̂ of the original, as eval mode estimates it.
+        exact: σ, in float64, of the weight that eval mode uses.
+        drift: |exact − 1|; 0 for a zero matrix, which stays zero.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    matrices: tuple[int, int, int]
+    estimate: float
+    exact: float
+    drift: float
+
+
+class Verification(list[VerificationRow]):
+    """One row per weight; `print` shows an aligned table."""
+
+    @property
+    def worst(self) -> float:
+        """The largest drift."""
+        return max(row.drift for row in self)
+
+    def __str__(self) -> str:
+        """An aligned table."""
+        rows = [
+            [
+                row.name,
+                " x ".join(map(str, row.shape)),
+                f"{row.estimate:.6g}",
+                f"{row.exact:.6f}",
+                f"{row.drift:.1e}",
+            ]
+            for row in self
+        ]
+        return aligned(["weight", "shape", "estimated σ", "σ in use", "drift"], rows)
+
+    __repr__ = __str__
+
+
+@torch.no_grad()
+def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
+    """Measure, per weight, how far the norm of the weight in use is from 1.
+
+    The weight in use is the one that eval mode uses, whatever mode the model is in; its norm is
+    computed exactly (a full decomposition in float64). No state moves.
+
+    Args:
+        model: a network with SpectralNorm on some weights.
+        tolerance: largest drift |σ − 1| to accept; None (the default) accepts any.
+
+    Raises:
+        RuntimeError: with the rows at fault, if a drift exceeds the tolerance or is NaN.
+        ValueError: if the model has no weight under SpectralNorm.
+    """
+    rows = Verification()
+    for name, norm in norms_in(model):
+        owner, _, tensor = name.rpartition(".")
+        module = model.get_submodule(owner)
+        used = norm.view.to_matrices(read_as_eval(module, tensor))
+        original = norm.view.to_matrices(module.parametrizations[tensor].original)  # type: ignore[index, union-attr]
+        exact = _sigma_or_nan(used)
+        # What eval mode divided by, told from the two weights: the ratio of their norms.
+        estimate = _sigma_or_nan(original) / torch.where(exact > 0, exact, 1.0)
+        drift = torch.where(exact > 0, (exact - 1).abs(), 0.0)
+        drift = torch.where(exact.isnan(), torch.inf, drift)
+        at = int(drift.argmax())
+        rows.append(
+            VerificationRow(
+                name=name,
+                shape=norm.view.shape,
+                matrices=norm.view.matrices,
+                estimate=float(estimate[at]),
+                exact=float(exact[at]),
+                drift=float(drift[at]),
+            )
+        )
+    if not rows:
+        raise ValueError(
+            f"verify: {type(model).__name__} has no weight under SpectralNorm; convert_model first"
+        )
+    if tolerance is not None:
+        _check_drift(rows, tolerance)
+    return rows
+
+
+def _check_drift(rows: Verification, tolerance: float) -> None:
+    offending = Verification(row for row in rows if not row.drift <= tolerance)
+    if offending:
+        raise RuntimeError(
+            f"{len(offending)} of {len(rows)} weights drift by more than {tolerance:g}; "
+            f"more num_itrs, or a smaller learning rate, keeps the estimate closer:\n{offending}"
+        )
+
+
+def _sigma_or_nan(matrices: Tensor) -> Tensor:
+    if bool(torch.isfinite(matrices).all()):
+        return linalg.exact_sigma(matrices)
+    return torch.full((matrices.shape[0],), torch.nan, dtype=torch.float64)
