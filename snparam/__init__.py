@@ -5,7 +5,7 @@ from .parametrization import SpectralNorm
 from .plan import ConversionPlan
 from .registration import register_sn, remove_sn
 from .spectrum import singular_values, verify
-from .training import cached, frozen
+from .training import cached, frozen, update, update_after_step
 
 __version__ = "0.1.0"
 
@@ -20,5 +20,7 @@ __all__ = [
     "remove_sn",
     "restore_model",
     "singular_values",
+    "update",
+    "update_after_step",
     "verify",
 ]

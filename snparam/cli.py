@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--epochs",
         type=_positive_int,
-        default=12,
+        default=20,
         metavar="N",
         help="passes over the training images (default: %(default)s)",
     )

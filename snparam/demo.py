@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from tqdm import tqdm
 
-    from .spectrum import Verification
+    from .spectrum import Verification, VerificationRow
 
 __all__ = ["Check", "Result", "run"]
 
@@ -43,12 +43,14 @@ _NEEDS = {
 
 NUM_SVS = 3
 BATCH_SIZE = 64
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 8e-3
 
 # The promise of registration: right after it, σ̂ is within 1e-3 of σ.
 TOLERANCE_CONVERTED = 1e-3
-# While training, one step of the power iteration per forward follows a weight that moves; the
-# estimate trails it. With the learning rate above the worst weight is within a fraction of this.
+# One step per training forward follows a weight that moves, and trails it: early in training the
+# worst weight can be 0.2 away from 1 where its largest singular values change places, which the run
+# measures and prints. The learning rate ends at zero, so that the estimate has caught up by then:
+# the worst of 15 runs (5 seeds; 1, 2 and 20 epochs) was 1e-2.
 TOLERANCE_TRAINED = 5e-2
 
 
@@ -81,7 +83,20 @@ class _Digits:
     test_labels: Tensor
 
 
-def run(out: Path, *, epochs: int = 12, seed: int = 0, quiet: bool = False) -> Result:
+@dataclass(frozen=True)
+class _Training:
+    """What was seen while training.
+
+    losses: of each step. history: weight name -> (steps, blocks, NUM_SVS). worst_drift: the row of
+    `verify` furthest from 1 at the end of any epoch, and that epoch, counted from 1.
+    """
+
+    losses: list[float]
+    history: dict[str, Tensor]
+    worst_drift: tuple[VerificationRow, int]
+
+
+def run(out: Path, *, epochs: int = 20, seed: int = 0, quiet: bool = False) -> Result:
     """Run the demo and write its two pictures into ``out``, which is created where needed.
 
     Args:
@@ -120,8 +135,12 @@ def _run(out: Path, epochs: int, seed: int, say: _Narrator) -> Result:
 
     say.heading(f"Training: {len(digits.train_images)} images, {epochs} epochs")
     started = time.perf_counter()
-    losses, history = _train(model, digits, epochs, say)
-    say.line(f"{len(losses)} steps in {time.perf_counter() - started:.1f} s")
+    training = _train(model, digits, epochs, say)
+    worst, epoch = training.worst_drift
+    say.line(
+        f"{len(training.losses)} steps in {time.perf_counter() - started:.1f} s; the largest drift "
+        f"at the end of an epoch was {worst.drift:.1e} ({worst.name}, epoch {epoch})"
+    )
 
     model.eval()
     after = verify(model)
@@ -142,7 +161,7 @@ def _run(out: Path, epochs: int, seed: int, say: _Narrator) -> Result:
             "after the conversion, exact σ of the weights in use", before, TOLERANCE_CONVERTED
         ),
         _close_to_one("after training, exact σ of the weights in use", after, TOLERANCE_TRAINED),
-        _loss_fell(losses),
+        _loss_fell(training.losses),
         _same("restored model against converted model, outputs", restored_logits, converted_logits),
         _plain(model, fresh),
         _same(
@@ -152,7 +171,7 @@ def _run(out: Path, epochs: int, seed: int, say: _Narrator) -> Result:
 
     pictures = (out / "singular_values.png", out / "confusion.png")
     plot_singular_values(
-        history,
+        training.history,
         title=f"Tracked singular values while a vision transformer learns digits (seed {seed})",
     ).savefig(pictures[0], dpi=110)
     plot_confusion_matrix(
@@ -199,19 +218,19 @@ def _vision_transformer() -> nn.Module:
     return model
 
 
-def _train(
-    model: nn.Module, digits: _Digits, epochs: int, say: _Narrator
-) -> tuple[list[float], dict[str, Tensor]]:
-    """Train in place. Returns the loss of each step, and name -> (steps, blocks, NUM_SVS)."""
+def _train(model: nn.Module, digits: _Digits, epochs: int, say: _Narrator) -> _Training:
+    """Train in place, an ordinary loop; the only addition is what it records."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     steps = epochs * -(-len(digits.train_images) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[float] = []
     records: dict[str, list[Tensor]] = {name: [] for name in singular_values(model)}
+    worst: list[tuple[VerificationRow, int]] = []
     model.train()
     with say.progress(steps) as bar:
-        for _ in range(epochs):
-            for batch in torch.randperm(len(digits.train_images)).split(BATCH_SIZE):
+        for epoch in range(1, epochs + 1):
+            order = torch.randperm(len(digits.train_images))
+            for batch in torch.split(order, BATCH_SIZE):
                 loss = model(
                     pixel_values=digits.train_images[batch], labels=digits.train_labels[batch]
                 ).loss
@@ -221,10 +240,12 @@ def _train(
                 schedule.step()
                 losses.append(loss.item())
                 for name, values in singular_values(model).items():
-                    records[name].append(values.clone())
+                    records[name].append(values)
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 bar.update()
-    return losses, {name: torch.stack(values) for name, values in records.items()}
+            worst.append((max(verify(model), key=_drift), epoch))
+    history = {name: torch.stack(values) for name, values in records.items()}
+    return _Training(losses, history, max(worst, key=lambda pair: _drift(pair[0])))
 
 
 @torch.no_grad()
@@ -261,13 +282,16 @@ def _tracked_against_exact(model: nn.Module) -> str:
 
 
 def _close_to_one(claim: str, report: Verification, tolerance: float) -> Check:
-    worst = max(report, key=lambda row: abs(row.exact - 1))
-    distance = abs(worst.exact - 1)
+    worst = max(report, key=_drift)
     return Check(
-        f"{claim}, is 1 within {tolerance:g}",
-        f"at most {distance:.1e} away ({worst.name})",
-        distance <= tolerance,
+        f"{claim} is 1 within {tolerance:g}",
+        f"at most {worst.drift:.1e} away ({worst.name})",
+        worst.drift <= tolerance,
     )
+
+
+def _drift(row: VerificationRow) -> float:
+    return row.drift
 
 
 def _loss_fell(losses: Sequence[float]) -> Check:

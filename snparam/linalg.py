@@ -1,4 +1,4 @@
-"""Singular values of stacks of matrices: power iteration, convergence, division by σ.
+"""Singular values of stacks of matrices: power iteration and convergence.
 
 Pure functions, tensors in, tensors out. The shapes are the same throughout:
 
@@ -13,7 +13,6 @@ Complex matrices follow W = Σ σᵢ uᵢ vᵢᴴ.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,30 +42,48 @@ def power_step(matrices: Tensor, u: Tensor, eps: float = 0.0) -> tuple[Tensor, T
     Returns:
         The new u (b, k, m), the v (b, k, n) between, and sv (b, k).
     """
-    conj = matrices.conj() if matrices.is_complex() else matrices
     if u.shape[1] > 1:
-        v = orthonormal_rows(_rows_times(u, conj), eps)
-        t = _rows_times(v, matrices.mT)
-        u = orthonormal_rows(t, eps)
-        return u, v, (t * u.conj()).sum(-1).real
-    x = _rows_times(u, conj)
-    norm = _norm(x)
-    # Where u is orthogonal to every column the classic layer ends in NaN. Another direction finds
-    # the matrix again, and only a zero matrix keeps σ = 0.
-    v = torch.where(norm > 0, x / _floored(norm, eps), x.shape[-1] ** -0.5)
+        conj = matrices.conj() if matrices.is_complex() else matrices
+        v = orthonormal_rows(torch.bmm(u, conj), eps)
+    else:
+        # Where u is orthogonal to every column the classic layer ends in NaN. Another direction
+        # finds the matrix again, and only a zero matrix keeps σ = 0.
+        v, _ = _unit(_times(matrices.mH, u), eps, instead=matrices.shape[2] ** -0.5)
     return finish_step(matrices, v, eps)
 
 
 def finish_step(matrices: Tensor, v: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """The second half of a step: u, v and sv from a given v, with one product."""
-    t = _rows_times(v, matrices.mT)
     if v.shape[1] > 1:
+        t = torch.bmm(v, matrices.mT)
         u = orthonormal_rows(t, eps)
-        return u, v, (t * u.conj()).sum(-1).real
-    norm = _norm(t)
-    floored = _floored(norm, eps)
-    sv = norm * (norm / floored) if eps > 0 else norm
-    return t / floored, v, sv.squeeze(-1)
+        sv: Tensor = (t * u.conj()).sum(-1).real
+        return u, v, sv
+    u, norm = _unit(_times(matrices, v), eps, instead=0.0)
+    return u, v, norm if eps == 0 else norm * (norm / eps).clamp_max(1.0)
+
+
+def vector_step(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float]:
+    """`power_step` for one matrix and one vector on a CPU, where reading a number is free.
+
+    The same numbers in half the operations: what a step costs in a small layer is their count.
+
+    Args:
+        matrix: (m, n), float32 or float64, on a CPU.
+        u: (m,).
+
+    Returns:
+        The new u (m,), the v (n,) between, and σ.
+    """
+    v = torch.mv(matrix.t(), u)
+    _make_unit(v, instead=matrix.shape[1] ** -0.5)
+    return finish_vector_step(matrix, v)
+
+
+def finish_vector_step(matrix: Tensor, v: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The second half of `vector_step`."""
+    u = torch.mv(matrix, v)
+    return u, v, _make_unit(u, instead=0.0)
 
 
 def orthonormal_rows(x: Tensor, eps: float = 0.0) -> Tensor:
@@ -85,7 +102,8 @@ def orthonormal_rows(x: Tensor, eps: float = 0.0) -> Tensor:
     phase = torch.sgn(diagonal) + (diagonal == 0)
     if eps > 0:
         phase = phase * (diagonal.abs() / eps).clamp(max=1.0)
-    return (q * phase.unsqueeze(-2)).mT
+    rows: Tensor = (q * phase.unsqueeze(-2)).mT
+    return rows
 
 
 def converged(matrices: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -125,105 +143,40 @@ def exact_sigma(matrices: Tensor) -> Tensor:
     return torch.stack(sigmas)
 
 
-def divide(matrices: Tensor, divisor: Tensor, slope: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """W / d, where d is a function of σ(W) = Re(uᴴ W v), with u and v constants.
+def _times(matrices: Tensor, rows: Tensor) -> Tensor:
+    """W x for one x per matrix: (b, m, n) and (b, 1, n) to (b, m), or to (m,) for b = 1."""
+    if matrices.shape[0] == 1:  # one product with a vector is what BLAS does best
+        return torch.mv(matrices[0], rows.view(-1))
+    return torch.matmul(matrices, rows.mT).squeeze(-1)
 
-    The value of d comes in, already known from the step, so that nothing is multiplied twice; its
-    dependence on W goes only into the gradient: dd/dW = slope · u vᴴ. With d = σ and slope 1 this
-    is the classic W / σ (Miyato et al. 2018, equation 12 for the gradient).
 
-    Args:
-        matrices: W, (b, m, n), of any floating dtype; the result has the same.
-        divisor: d, (b,), positive. Gradients flow into it too (a learned gain).
-        slope: dd/dσ, (b,).
-        u: (b, m), unit.
-        v: (b, n), unit.
+def _unit(x: Tensor, eps: float, instead: float) -> tuple[Tensor, Tensor]:
+    """Rows made unit in place, (b, 1, n), and their norms, (b, 1); a zero row becomes `instead`.
 
-    Differentiable any number of times, in forward mode, and under torch.func and torch.compile.
+    The norms are taken in float64, where squares of float32 neither overflow nor underflow. A row
+    with NaN becomes `instead` too, so that a step on a broken weight does not break the state.
     """
-    if torch.compiler.is_compiling():
-        return _divide_composite(matrices, divisor, slope, u, v)
-    out: Tensor = _Divide.apply(matrices, divisor, slope, u, v)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Divide(torch.autograd.Function):
-    """`divide` with one pass forward, and backward one dot product and one rank-one update."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(matrices: Tensor, divisor: Tensor, *_: Tensor) -> Tensor:
-        return (matrices / divisor[:, None, None]).to(matrices.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        matrices, divisor, slope, u, v = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # Double backward: the same formula in differentiable operations, d still depending on W
-            divisor = _attached(matrices, divisor, slope, u, v)
-        wide = grad.to(u.dtype)
-        d = divisor[:, None, None]
-        along = (wide.conj() * matrices).sum((-2, -1)).real / divisor
-        into_divisor = -along / divisor if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, into_divisor, None, None, None
-        coefficient = (along * slope)[:, None, None]
-        rank_one = (coefficient * u[:, :, None]) * v.conj()[:, None, :]
-        return ((wide - rank_one) / d).to(matrices.dtype), into_divisor, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        matrices, divisor, slope, u, v = ctx.saved_tensors
-        d = divisor[:, None, None]
-        tangent = torch.zeros_like(matrices) if tangents[0] is None else tangents[0]
-        change = slope * _bilinear(u, tangent.to(u.dtype), v)
-        if tangents[1] is not None:
-            change = change + tangents[1]
-        return ((tangent - matrices * (change / divisor)[:, None, None]) / d).to(matrices.dtype)
-
-
-def _divide_composite(
-    matrices: Tensor, divisor: Tensor, slope: Tensor, u: Tensor, v: Tensor
-) -> Tensor:
-    """`divide` in plain operations, which compilers trace and fuse."""
-    d = _attached(matrices, divisor, slope, u, v)
-    return (matrices / d[:, None, None]).to(matrices.dtype)
-
-
-def _attached(matrices: Tensor, divisor: Tensor, slope: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """The divisor, unchanged in value, made to depend on the matrices with the given slope."""
-    sigma = _bilinear(u, matrices.to(u.dtype), v)
-    return divisor + slope * (sigma - sigma.detach())
-
-
-def _bilinear(u: Tensor, matrices: Tensor, v: Tensor) -> Tensor:
-    """Re(uᴴ W v) per block, shape (b,)."""
-    return (u.conj() * (matrices @ v.unsqueeze(-1)).squeeze(-1)).sum(-1).real
-
-
-def _rows_times(rows: Tensor, matrices: Tensor) -> Tensor:
-    return torch.bmm(rows, matrices)
-
-
-def _norm(x: Tensor) -> Tensor:
-    """Euclidean norms of the rows, (b, k, 1), whose squares neither overflow nor underflow."""
-    if x.device.type == "mps":  # no float64 there
-        return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     wide = torch.complex128 if x.is_complex() else torch.float64
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    return norm.to(torch.float32 if x.dtype in (torch.float32, torch.complex64) else norm.dtype)
+    if x.device.type == "mps":  # has no float64
+        wide = x.dtype
+    # A single row has a norm of no dimension, by which it is divided without a cast.
+    norm = torch.linalg.vector_norm(x, 2, None if x.ndim == 1 else -1, x.ndim > 1, dtype=wide)
+    x = x.div_(norm)
+    if eps > 0:
+        x = x.mul_((norm / eps).clamp_max(1.0))
+    return x.nan_to_num_(nan=instead).view(-1, 1, x.shape[-1]), norm.view(-1, 1)
 
 
-def _floored(norm: Tensor, eps: float) -> Tensor:
-    info = torch.finfo(norm.dtype)
-    smallest = info.tiny * info.eps  # the smallest subnormal: no floor for any nonzero norm
-    return norm.clamp_min(max(eps, smallest))
+def _make_unit(x: Tensor, instead: float) -> float:
+    """`_unit` for one vector on a CPU, in place; returns the norm."""
+    square = float(torch.dot(x, x))
+    safe = 1e-30 < square < 1e30  # far from where float32 overflows or loses digits
+    norm = math.sqrt(square) if safe else float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    if norm > 0:
+        x.div_(norm)
+    else:
+        x.fill_(instead)
+    return norm
 
 
 def _scale(matrix: Tensor) -> float:

@@ -30,7 +30,12 @@ _OPTIONS_DOC = """\
     eps: floor under the norms that a step divides by, normalize(x) = x / max(‖x‖, eps), at
         least 0. The classic layer has 1e-12, an absolute number that lets weights with σ below
         it decay to NaN. Zero norms are caught exactly here, so the default is 0 and weights of
-        every scale are normalised; pass 1e-12 for the classic floor to the letter."""
+        every scale are normalised; pass 1e-12 for the classic floor to the letter.
+    update: when the state moves. `"forward"` (the default, the classic method): in every training
+        forward. `"step"`: once after each optimizer step, for all layers together, by
+        `update_after_step(optimizer, model)` or `update(model)`; forwards are then pure, without a
+        matrix product, so that gradient accumulation, D(real) + D(fake) and checkpointing cost
+        nothing more and agree exactly."""
 
 
 class Options(TypedDict, total=False):
@@ -42,6 +47,7 @@ class Options(TypedDict, total=False):
     blocks: int | Literal["auto"] | None
     init: Literal["converged", "random"]
     eps: float
+    update: Literal["forward", "step"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Settings:
     blocks: int | Literal["auto"] | None = None
     init: Literal["converged", "random"] = "converged"
     eps: float = 0.0
+    update: Literal["forward", "step"] = "forward"
 
     def __post_init__(self) -> None:
         """Check every value; the error names the option, the value and what is possible."""
@@ -62,6 +69,8 @@ class Settings:
             _check_count("blocks", self.blocks, " or 'auto' or None")
         if self.init not in ("converged", "random"):
             raise ValueError(f"init={self.init!r}: expected 'converged' or 'random'")
+        if self.update not in ("forward", "step"):
+            raise ValueError(f"update={self.update!r}: expected 'forward' or 'step'")
         if isinstance(self.eps, bool) or not isinstance(self.eps, int | float):
             raise TypeError(f"eps={self.eps!r}: expected a number, not {type(self.eps).__name__}")
         if not 0 <= self.eps < math.inf:

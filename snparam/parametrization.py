@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import linalg
+from .division import divide, reads_numbers, without_autocast
 from .options import Settings
 from .views import View
+from .watching import watch
+
+_VECTOR_DTYPES = (torch.float32, torch.float64)
+
+# Attributes that belong to running forwards and running training.
+_TRANSIENT = ("_frames", "_shared", "_sharing", "_frozen", "_last_v", "_current", "_behind")
 
 
 class SpectralNorm(nn.Module):
@@ -50,6 +58,8 @@ class SpectralNorm(nn.Module):
         self.name = name
         self.register_buffer("u", u)
         self.register_buffer("sv", sv)
+        self._warned = False
+        self._single = u.shape[:2] == (1, 1) and settings.eps == 0
         self._reset()
 
     def _reset(self) -> None:
@@ -59,11 +69,16 @@ class SpectralNorm(nn.Module):
         self._sharing = 0
         self._frozen = 0
         self._last_v: Tensor | None = None
+        self._current: Estimate | None = None
+        self._behind = False
+        self.weight_id: int | None = None
+        if self.settings.update == "step":
+            watch(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy the state, not what belongs to a running forward."""
         state = self.__dict__.copy()
-        for name in ("_frames", "_shared", "_sharing", "_frozen", "_last_v"):
+        for name in _TRANSIENT:
             del state[name]
         return state
 
@@ -113,7 +128,7 @@ class SpectralNorm(nn.Module):
         u, sv = linalg.converged(self.view.to_matrices(weight), self.u.shape[1])
         self.u.copy_(u)
         self.sv.copy_(sv)
-        self._last_v = None
+        self._last_v = self._current = None
 
     # When the state moves
 
@@ -149,6 +164,31 @@ class SpectralNorm(nn.Module):
         elif self._shared is None:
             self._shared = _Frame()
 
+    def store(self, estimate: Estimate, weight: Tensor) -> None:
+        """Take over what `update` computed for the weight as it is now."""
+        self.weight_id = id(weight)
+        self.u.copy_(estimate.u)
+        self.sv.copy_(estimate.sv)
+        self._current = estimate
+        self._behind = False
+
+    def expect_update(self) -> None:
+        """Note that an optimizer is about to change the weight."""
+        if self._behind:  # since the step before: nobody updates
+            self._warn_behind()
+        self._behind = True
+
+    def _warn_behind(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"SpectralNorm on {self.name} {self.view.shape}: the weight has changed since its "
+                "singular values were last updated, and update='step' leaves that to you; call "
+                "update_after_step(optimizer, model) once, or update(model) after each step.",
+                UserWarning,
+                stacklevel=2,
+            )
+
     def _frame(self) -> _Frame | None:
         if self._shared is not None:
             return self._shared
@@ -161,31 +201,83 @@ class SpectralNorm(nn.Module):
     # The weight itself
 
     def _normalise(self, weight: Tensor, moves: bool, again: bool = False) -> Tensor:
-        """W / σ. `again`: with the estimate of the last training forward, to the bit."""
-        matrices = self.view.to_matrices(weight)
-        with torch.no_grad(), _without_autocast(weight):
-            u, v, sv = self._step(matrices, moves, again)
-        with _without_autocast(weight):
-            divisor, slope = _divisor(sv[:, 0])
-            out = linalg.divide(matrices, divisor, slope, u[:, 0], v[:, 0])
-        return self.view.from_matrices(out, weight)
+        """W / σ.
 
-    def _step(self, matrices: Tensor, moves: bool, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+        Moving or not; or again, with the estimate of the last training forward, to the bit: for a
+        second read of one forward, and where activation checkpointing recomputes one.
+        """
+        again = again or _in_backward()
+        again = again and self.training and not self._frozen and self._last_v is not None
+        with without_autocast(weight):
+            if self.settings.update == "step":
+                u, v, sigma = self._current_step(weight)
+            else:
+                # Detached, so that nothing is recorded: u and v are constants to autograd.
+                step = self._vector_step if self._by_numbers(weight) else self._stack_step
+                u, v, sigma = step(weight.detach(), moves, again)
+            return divide(weight, sigma, 1.0, u, v, self.view)
+
+    def _by_numbers(self, weight: Tensor) -> bool:
+        return self._single and weight.dtype in _VECTOR_DTYPES and reads_numbers(weight)
+
+    def _current_step(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """U (b, m), v (b, n) and σ of the last update, without a product."""
+        current = self._current
+        if current is None or current.u.device != weight.device:
+            # New here, loaded or moved: the state is u, and the rest follows from it.
+            matrices = self.view.to_matrices(weight.detach()).to(compute_dtype(weight.dtype))
+            u, v, sv = linalg.power_step(matrices, self.u.to(matrices.dtype), self.settings.eps)
+            current = Estimate(u, v, sv)
+            if not torch.compiler.is_compiling() and not u.is_inference():
+                self._current = current
+        if torch.compiler.is_compiling():
+            return current.u[:, 0], current.v[:, 0], current.sv[:, 0]
+        self.weight_id = id(weight)
+        if self._behind and self.training:
+            self._warn_behind()
+        sigma = current.number if self._by_numbers(weight) else current.sv[:, 0]
+        return current.u[:, 0], current.v[:, 0], sigma
+
+    def _vector_step(
+        self, weight: Tensor, moves: bool, again: bool
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """U (m,), v (n,) and σ of one matrix on a CPU; stored if the read moves the state."""
+        matrix = self.view.to_matrix(weight)
+        if again and self._last_v is not None:
+            return linalg.finish_vector_step(matrix, self._last_v.view(-1))
+        stored = self.u.view(-1)
+        u, v, sigma = linalg.vector_step(matrix, stored.to(weight.dtype))
+        if moves:
+            for _ in range(self.settings.num_itrs - 1):
+                u, v, sigma = linalg.vector_step(matrix, u)
+            stored.copy_(u)
+            self.sv.fill_(sigma)
+            self._remember(v)
+        return u, v, sigma
+
+    def _stack_step(
+        self, weight: Tensor, moves: bool, again: bool
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """U (b, m), v (b, n) and σ (b,); stored if the read moves the state."""
         eps = self.settings.eps
-        matrices = matrices.to(compute_dtype(matrices.dtype))
-        repeat = self.training and not self._frozen and not moves and (again or _in_backward())
-        if repeat and self._last_v is not None and self._last_v.device == matrices.device:
-            return linalg.finish_step(matrices, self._last_v, eps)
-        u = self.u.to(matrices.dtype)
-        u, v, sv = linalg.power_step(matrices, u, eps)
+        matrices = self.view.to_matrices(weight).to(compute_dtype(weight.dtype))
+        if again and self._last_v is not None:
+            v = self._last_v.view(*self.u.shape[:2], -1)
+            u, v, sv = linalg.finish_step(matrices, v, eps)
+        else:
+            u, v, sv = linalg.power_step(matrices, self.u.to(matrices.dtype), eps)
         if moves:
             for _ in range(self.settings.num_itrs - 1):
                 u, v, sv = linalg.power_step(matrices, u, eps)
             self.u.copy_(u)
             self.sv.copy_(sv)
-            if not torch.compiler.is_compiling() and not v.is_inference():
-                self._last_v = v
-        return u, v, sv
+            self._remember(v)
+        return u[:, 0], v[:, 0], sv[:, 0]
+
+    def _remember(self, v: Tensor) -> None:
+        """Keep what a recomputation of this forward, in a backward pass, has to start from."""
+        if not torch.compiler.is_compiling() and not v.is_inference():
+            self._last_v = v
 
     def extra_repr(self) -> str:
         """Options and shape, for printing."""
@@ -194,6 +286,18 @@ class SpectralNorm(nn.Module):
             f"num_svs={self.u.shape[1]}, num_itrs={self.settings.num_itrs}, "
             f"matrices=({blocks}, {rows}, {columns})"
         )
+
+
+class Estimate:
+    """What is known of a weight's singular values: u (b, k, m), v (b, k, n) and sv (b, k)."""
+
+    def __init__(self, u: Tensor, v: Tensor, sv: Tensor) -> None:
+        self.u, self.v, self.sv = u, v, sv
+
+    @cached_property
+    def number(self) -> float:
+        """σ of a single matrix."""
+        return float(self.sv[0, 0])
 
 
 class _Frame:
@@ -211,15 +315,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _divisor(sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """d(σ) and dd/dσ, (b,) each: σ itself, and 1 for a zero matrix, which stays as it is.
-
-    A zero-initialised layer thus passes its gradient on unscaled and can learn its way out.
-    """
-    zero = sigma == 0
-    return torch.where(zero, 1.0, sigma), torch.where(zero, 0.0, 1.0).to(sigma.dtype)
-
-
 def _thread() -> int:
     # Inside a compiled graph there is one thread, and asking for its number would break the graph.
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
@@ -228,10 +323,3 @@ def _thread() -> int:
 def _in_backward() -> bool:
     """Whether autograd is running a backward pass: activation checkpointing recomputes there."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    kind = tensor.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()

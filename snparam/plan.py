@@ -130,10 +130,11 @@ class ConversionPlan(list[PlanRow]):
             ]
             for row in self
         ]
+        total = sum(_sizes(self).values())
         return (
             f"{aligned(header, rows)}\n"
-            f"{len(self.to_convert)} of {len(self)} weights to convert; then {self.share:.1%} of the "
-            f"{sum(_sizes(self).values()):,} parameters of two or more dimensions are normalised"
+            f"{len(self.to_convert)} of {len(self)} weights to convert; then {self.share:.1%} of "
+            f"the {total:,} parameters of two or more dimensions are normalised"
         )
 
     __repr__ = __str__
@@ -145,6 +146,7 @@ def _sizes(rows: Iterable[PlanRow]) -> dict[int, int]:
 
 
 def sites_of(model: nn.Module, settings: Settings) -> Iterator[Site]:
+    """Every place in a model where a tensor of two or more dimensions is used, in its order."""
     for path in _paths(model):
         name, module = path[-1]
         prefix = f"{name}." if name else ""
@@ -160,7 +162,7 @@ def sites_of(model: nn.Module, settings: Settings) -> Iterator[Site]:
                 candidate = Candidate.of(weight, settings, f"'{prefix}{tensor_name}'")
                 yield Site(path, tensor_name, id(tensor), shape, candidate)
             else:
-                reason = _not_listed(module, tensor_name)
+                reason = _not_listed(module)
                 yield Site(path, tensor_name, id(tensor), shape, None, reason)
 
 
@@ -204,7 +206,7 @@ def carried_norms(model: nn.Module) -> dict[int, SpectralNorm]:
     }
 
 
-def _not_listed(module: nn.Module, tensor: str) -> str:
+def _not_listed(module: nn.Module) -> str:
     if isinstance(module.__dict__.get("weight"), Tensor) and weights_of(module) == []:
         return "its 'weight' is computed by a hook (weight_norm, or the old spectral_norm)"
     return f"{parametrize.type_before_parametrizations(module).__name__} is not in the layer table"

@@ -1,14 +1,26 @@
-"""When the state moves: `frozen`, `cached`."""
+"""When the state moves: `frozen`, `cached`, and updates once per optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from .parametrization import SpectralNorm
+from . import linalg
+from .division import without_autocast
+from .parametrization import Estimate, SpectralNorm, compute_dtype
 from .spectrum import norms_in
+
+# Matrices of at most this many entries are updated together with others of their shape. Stacking
+# copies them, which costs less than an update's operations one by one only while they are small:
+# a step on a CPU, and a launch on an accelerator, cost as much as this many entries copied.
+_STACKED_ENTRIES = {"cpu": 1 << 14}
+_STACKED_ENTRIES_ELSEWHERE = 1 << 21
 
 
 @contextmanager
@@ -50,6 +62,91 @@ def cached(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.share(False)
+
+
+@torch.no_grad()
+def update(model: nn.Module) -> None:
+    """Move every state with `update="step"` by `num_itrs` steps, on the weights as they are now.
+
+    To be called after each optimizer step; `update_after_step` does it by itself. Layers whose
+    weights have the same shape are updated together, as one stack.
+
+    Raises:
+        ValueError: if the model has no weight registered with `update="step"`.
+    """
+    groups: dict[Hashable, list[tuple[SpectralNorm, Tensor]]] = {}
+    for norm, weight in _stepwise(model):
+        blocks, rows, columns = norm.view.matrices
+        single = blocks * rows * columns > _STACKED_ENTRIES.get(
+            weight.device.type, _STACKED_ENTRIES_ELSEWHERE
+        )
+        settings = norm.settings
+        alike = (norm.view.matrices, norm.u.shape[1], weight.dtype, weight.device)
+        key = (id(norm),) if single else (*alike, settings.num_itrs, settings.eps)
+        groups.setdefault(key, []).append((norm, weight))
+    for group in groups.values():
+        _update_together(group)
+
+
+def update_after_step(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
+    """Call `update(model)` after every step of an optimizer, from now on.
+
+    Args:
+        optimizer: the one that trains the model, whatever else it trains.
+        model: a network converted with `update="step"`.
+
+    Returns:
+        A handle; its `remove()` ends it.
+
+    Raises:
+        ValueError: if the model has no weight registered with `update="step"`, or the optimizer
+            trains none of those weights.
+    """
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(weight) in trained for _, weight in _stepwise(model)):
+        raise ValueError(
+            f"update_after_step: the {type(optimizer).__name__} trains no weight of "
+            f"{type(model).__name__} that is under SpectralNorm; pass the optimizer made of "
+            "model.parameters()"
+        )
+
+    def after_step(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        update(model)
+
+    return optimizer.register_step_post_hook(after_step)
+
+
+def _stepwise(model: nn.Module) -> list[tuple[SpectralNorm, Tensor]]:
+    """The different states with `update="step"`, and the Parameter behind each."""
+    found = {}
+    for name, norm in norms_in(model):
+        if norm.settings.update == "step":
+            owner, _, tensor = name.rpartition(".")
+            lists: Any = model.get_submodule(owner).parametrizations
+            found[id(norm)] = (norm, lists[tensor].original)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no weight registered with update='step'; "
+            "convert_model(model, update='step') first"
+        )
+    return list(found.values())
+
+
+def _update_together(group: list[tuple[SpectralNorm, Tensor]]) -> None:
+    """One update for states whose weights are read as stacks of the same shape."""
+    first, weight = group[0]
+    dtype = compute_dtype(weight.dtype)
+    stacks = [norm.view.to_matrices(weight.detach()) for norm, weight in group]
+    together = len(group) > 1
+    matrices = (torch.cat(stacks) if together else stacks[0]).to(dtype)
+    u = (torch.cat([norm.u for norm, _ in group]) if together else first.u).to(dtype)
+    with without_autocast(weight):
+        for _ in range(first.settings.num_itrs):
+            u, v, sv = linalg.power_step(matrices, u, first.settings.eps)
+    blocks = stacks[0].shape[0]
+    parts = zip(*(torch.split(found, blocks) for found in (u, v, sv)), strict=True)
+    for (norm, weight), part in zip(group, parts, strict=True):
+        norm.store(Estimate(*part), weight)
 
 
 def _norms(model: nn.Module, what: str) -> list[SpectralNorm]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class View:
     stack_axes: int
     row_axes: int
 
-    @property
+    @cached_property
     def matrices(self) -> tuple[int, int, int]:
         """Shape (b, m, n) of the stack: blocks, rows, columns."""
         permuted = [self.split[axis] for axis in self.order]
@@ -48,17 +49,35 @@ class View:
             math.prod(permuted[rows:]),
         )
 
-    def to_matrices(self, weight: Tensor) -> Tensor:
-        """Read a weight of shape `shape` as a stack of shape (b, m, n)."""
-        order = self._order_for(weight)
+    def to_matrices(self, weight: Tensor, like: Tensor | None = None) -> Tensor:
+        """Read a weight of shape `shape` as a stack of shape (b, m, n).
+
+        With `like`, the columns are in the order in which that tensor is read.
+        """
+        order = self._order_for(weight if like is None else like)
+        if order == self._in_place:
+            return weight.reshape(self.matrices)
         return weight.reshape(self.split).permute(order).reshape(self.matrices)
+
+    def to_matrix(self, weight: Tensor, like: Tensor | None = None) -> Tensor:
+        """`to_matrices` for a view of one block: (m, n)."""
+        if weight.ndim == 2 and self.order == self._in_place:
+            return weight
+        return self.to_matrices(weight, like).squeeze(0)
 
     def from_matrices(self, matrices: Tensor, like: Tensor) -> Tensor:
         """Write a stack of shape (b, m, n) back in the shape and memory format of `like`."""
         order = self._order_for(like)
+        if order == self._in_place:
+            return matrices if matrices.shape == self.shape else matrices.reshape(self.shape)
         inverse = [order.index(axis) for axis in range(len(order))]
         permuted = [self.split[axis] for axis in order]
         return matrices.reshape(permuted).permute(inverse).reshape(self.shape)
+
+    @cached_property
+    def _in_place(self) -> tuple[int, ...]:
+        """The order that permutes nothing."""
+        return tuple(range(len(self.split)))
 
     def _order_for(self, weight: Tensor) -> tuple[int, ...]:
         """The order of the axes in which reading `weight` copies least.

@@ -44,8 +44,11 @@ def test_there_are_blocks_and_one_defines_a_property_test():
 
 def test_the_two_commands_are_on_the_first_screen():
     first_screen = "\n".join(README.splitlines()[:45])
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", first_screen, re.DOTALL)
-             for line in block.splitlines()]
+    lines = [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", first_screen, re.DOTALL)
+        for line in block.splitlines()
+    ]
     demo = [line for line in lines if "python -m snparam demo" in line]
     test = [line for line in lines if "pytest" in line]
     assert len(demo) == len(test) == 1
@@ -53,9 +56,7 @@ def test_the_two_commands_are_on_the_first_screen():
 
 
 def test_ci_installs_and_tests_with_the_readmes_commands():
-    (line,) = [
-        line for block in blocks("bash") for line in block.splitlines() if "pytest" in line
-    ]
+    (line,) = [line for block in blocks("bash") for line in block.splitlines() if "pytest" in line]
     for command in commands(line):
         assert command in ci_steps()
 

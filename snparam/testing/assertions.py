@@ -1,0 +1,308 @@
+"""Assertions about networks, by exact computation; they need nothing but torch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .. import linalg
+from ..conversion import plan_conversion
+from ..options import Settings
+from ..plan import ALREADY, CONVERT, REFUSE, Site, sites_of
+from ..registration import read_as_eval
+from ..scopes import norm_on
+from ..selection import Filter, Selection, Selectors
+
+
+@torch.no_grad()
+def assert_spectral_norm(
+    model: nn.Module,
+    at_most: float = 1.0,
+    rtol: float = 1e-3,
+    *,
+    include: Selectors = None,
+    exclude: Selectors = None,
+    blocks: int | Literal["auto"] | None = None,
+) -> None:
+    """The largest singular value of every weight in use is at most `at_most`.
+
+    It is computed exactly: by a full decomposition in float64 of the weight that eval mode uses,
+    whatever mode the model is in. No state moves.
+
+    Args:
+        model: a network, or a single layer. If any of its weights is under SpectralNorm, those are
+            checked, each block by itself. If none is (before a conversion, after
+            `restore_model`, or under another library's parametrization), every weight of a layer
+            in the table is, as it is.
+        at_most: the bound.
+        rtol: relative tolerance on it. Default 1e-3: what a fresh estimate is good for. It also
+            takes in the rounding of float32 weights; that of bfloat16 weights needs about 1e-2.
+        include: module types and name patterns, as in `convert_model`; only weights inside what
+            they pick are checked.
+        exclude: the same, for what is not checked.
+        blocks: as how many matrices a weight that is not under SpectralNorm is read, as in
+            `register_sn`: after `restore_model`, what the conversion was made with.
+
+    Raises:
+        AssertionError: naming each layer at fault with its shape, the value found and the bound;
+            also if there is nothing to check.
+        ValueError: if a pattern or type matches nothing, or a weight does not split into `blocks`.
+    """
+    selection = Selection.of(include, exclude, None, model)
+    sites = [
+        site
+        for site in sites_of(model, Settings())
+        if selection.reason_against(site.path, site.owner, site.name, site.tensor) is None
+    ]
+    normalised = [site for site in sites if norm_on(site.owner, site.tensor) is not None]
+    bound = at_most * (1 + rtol)
+    checked, faults = 0, []
+    for site in normalised or sites:
+        matrices = _in_use(site, blocks)
+        if matrices is None:
+            continue
+        checked += 1
+        faults += _above(matrices, bound, f"{site.weight_name} {_kind(site)} {site.shape}")
+    if not checked:
+        raise AssertionError(f"{type(model).__name__} has no weight whose spectral norm to check")
+    if faults:
+        raise AssertionError(
+            f"spectral norm above {at_most:g} (rtol={rtol:g}, so bound {bound:.8g}):\n  "
+            + "\n  ".join(faults)
+        )
+
+
+def assert_converted(
+    model: nn.Module,
+    *,
+    include: Selectors = None,
+    exclude: Selectors = None,
+    filter_fn: Filter | None = None,
+) -> None:
+    """Every weight that `convert_model` would convert with these arguments is under SpectralNorm.
+
+    Args:
+        model: a network, or a single layer.
+        include: as in `convert_model`.
+        exclude: as in `convert_model`.
+        filter_fn: as in `convert_model`.
+
+    Raises:
+        AssertionError: naming each weight that is not, with its layer and shape; also if the model
+            has no weight under SpectralNorm at all.
+        ValueError: if a pattern or type matches nothing.
+    """
+    plan = plan_conversion(
+        model, include=include, exclude=exclude, filter_fn=filter_fn, progress=False
+    )
+    missing = [row for row in plan if row.decision in (CONVERT, REFUSE)]
+    if missing:
+        eligible = len(missing) + sum(row.reason == ALREADY for row in plan)
+        rows = "\n  ".join(f"{row.weight} {row.layer_type} {row.shape}" for row in missing)
+        raise AssertionError(
+            f"{len(missing)} of {eligible} eligible weights of {type(model).__name__} are not "
+            f"under SpectralNorm (expected all):\n  {rows}"
+        )
+    if not any(row.reason == ALREADY for row in plan):
+        reasons = "".join(f"\n  {row.weight} {row.shape}: {row.reason}" for row in plan)
+        raise AssertionError(
+            f"{type(model).__name__} has no weight under SpectralNorm, and none eligible{reasons}"
+        )
+
+
+@torch.no_grad()
+def assert_same_function(
+    a: Callable[..., Any],
+    b: Callable[..., Any],
+    inputs: Any,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> None:
+    """Two networks compute the same outputs from the same inputs, in eval mode.
+
+    Both are put into eval mode for the comparison, so that no state moves and nothing random
+    happens, and then back.
+
+    Args:
+        a: a network, or any function.
+        b: the one that it is compared with.
+        inputs: one tensor, a sequence of positional arguments, or a mapping of keyword arguments.
+        rtol: |a − b| ≤ atol + rtol · |b| is required of each output. None (the default), of both
+            tolerances: those of `torch.testing.assert_close` for the outputs' dtype. Pass 0 and 0
+            for equality to the bit.
+        atol: see `rtol`.
+
+    Outputs may be tensors, or sequences, mappings and dataclasses of them.
+
+    Raises:
+        AssertionError: with the output at fault, its shape, the largest difference and the bound,
+            and, of layers that both networks have under the same name, the first that differs.
+    """
+    with _evaluating(a, b):
+        pairs = _paired(_outputs(_call(a, inputs)), _outputs(_call(b, inputs)))
+        for where, x, y in pairs:
+            difference = _difference(x, y, rtol, atol)
+            if difference is not None:
+                raise AssertionError(
+                    f"{where} differs between {_name(a)} and {_name(b)}: {difference}"
+                    + _first_layer_at_fault(a, b, inputs, rtol, atol)
+                )
+
+
+# Spectral norms
+
+
+def _in_use(site: Site, blocks: int | Literal["auto"] | None) -> Tensor | None:
+    """The weight that eval mode uses, as matrices; None where it has none to check."""
+    owner, name, candidate = site.owner, site.tensor, site.candidate
+    norm = norm_on(owner, name)
+    if norm is not None:
+        return norm.view.to_matrices(read_as_eval(owner, name))
+    if candidate is None:
+        return None
+    if parametrize.is_parametrized(owner, name):
+        with _evaluating(owner.parametrizations[name]):  # type: ignore[index]
+            weight: Tensor = getattr(owner, name)
+    elif candidate.problem is not None:
+        return None
+    else:
+        weight = candidate.tensor
+    layout = candidate.weight.layout
+    count = layout.natural if blocks == "auto" else blocks or 1
+    try:
+        return layout.view(weight.shape, count).to_matrices(weight)
+    except ValueError as error:
+        raise ValueError(f"{site.weight_name} {site.shape}: {error}") from None
+
+
+def _above(matrices: Tensor, bound: float, what: str) -> list[str]:
+    """What is wrong with the blocks of one weight, in words."""
+    if not bool(torch.isfinite(matrices).all()):
+        return [f"{what}: has NaN or inf"]
+    sigma = linalg.exact_sigma(matrices).tolist()
+    return [
+        f"{what}{f' block {index}' if len(sigma) > 1 else ''}: {value:.8g}"
+        for index, value in enumerate(sigma)
+        if not value <= bound
+    ]
+
+
+def _kind(site: Site) -> str:
+    return parametrize.type_before_parametrizations(site.owner).__name__
+
+
+# Functions
+
+
+def _call(function: Callable[..., Any], inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, Mapping):
+        return function(**inputs)
+    return function(*inputs)
+
+
+def _outputs(value: Any, where: str = "output") -> Iterator[tuple[str, Any]]:
+    """The leaves of an output, each with where it is."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _outputs(item, f"{where}[{key!r}]")
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for index, item in enumerate(value):
+            yield from _outputs(item, f"{where}[{index}]")
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _outputs(getattr(value, field.name), f"{where}.{field.name}")
+    else:
+        yield where, value
+
+
+def _paired(
+    a: Iterator[tuple[str, Any]], b: Iterator[tuple[str, Any]]
+) -> Iterator[tuple[str, Any, Any]]:
+    left, right = dict(a), dict(b)
+    if left.keys() != right.keys():
+        raise AssertionError(f"outputs of another structure: {list(left)} and {list(right)}")
+    for where, value in left.items():
+        yield where, value, right[where]
+
+
+def _difference(x: Any, y: Any, rtol: float | None, atol: float | None) -> str | None:
+    """What differs, in words, or None."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        equal = isinstance(x, Tensor) == isinstance(y, Tensor) and x == y
+        return None if equal else f"{_short(x)} and {_short(y)}"
+    try:
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol, equal_nan=True)
+    except AssertionError as error:
+        return f"shape {tuple(x.shape)}: {error}"
+    return None
+
+
+def _short(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _first_layer_at_fault(a: Any, b: Any, inputs: Any, rtol: Any, atol: Any) -> str:
+    if not isinstance(a, nn.Module) or not isinstance(b, nn.Module):
+        return ""
+    theirs = dict(_layer_calls(b, inputs))
+    for call, (layer, output) in _layer_calls(a, inputs):
+        if call not in theirs:
+            continue
+        x, y = dict(_outputs(output)), dict(_outputs(theirs[call][1]))
+        if x.keys() != y.keys() or any(_difference(x[w], y[w], rtol, atol) for w in x):
+            weight = getattr(layer, "weight", None)
+            shape = f" {tuple(weight.shape)}" if isinstance(weight, Tensor) else ""
+            kind = parametrize.type_before_parametrizations(layer).__name__
+            return f"\nThe first layer that differs: '{call[0]}' {kind}{shape}"
+    return ""
+
+
+def _layer_calls(
+    model: nn.Module, inputs: Any
+) -> list[tuple[tuple[str, int], tuple[nn.Module, Any]]]:
+    """Calls of the layers inside, as they end: (name, how manieth call), (layer, output)."""
+    calls: list[tuple[tuple[str, int], tuple[nn.Module, Any]]] = []
+    counts: dict[str, int] = {}
+
+    def recorder(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def record(layer: nn.Module, _: Any, output: Any) -> None:
+            counts[name] = counts.get(name, 0) + 1
+            calls.append(((name, counts[name]), (layer, output)))
+
+        return record
+
+    with contextlib.ExitStack() as stack:
+        for name, layer in model.named_modules():
+            if name and "parametrizations" not in name.split("."):
+                handle = layer.register_forward_hook(recorder(name))
+                stack.callback(handle.remove)
+        _call(model, inputs)
+    return calls
+
+
+@contextlib.contextmanager
+def _evaluating(*models: Any) -> Iterator[None]:
+    """Modules in eval mode, each one's own mode put back afterwards."""
+    modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
+    modes = [(module, module.training) for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _name(function: Any) -> str:
+    if isinstance(function, nn.Module):
+        return parametrize.type_before_parametrizations(function).__name__
+    return getattr(function, "__name__", repr(function))

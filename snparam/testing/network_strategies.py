@@ -1,0 +1,158 @@
+"""Hypothesis strategy for small networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+from .inputs import Network
+from .strategies import LAYER_SPECTRA, Draw, check_choice, made_layer
+
+
+def networks(
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    spectra: Sequence[str] = LAYER_SPECTRA,
+    max_layers: int = 4,
+    max_side: int = 6,
+) -> st.SearchStrategy[Network]:
+    """Small networks on vectors, images (of one to three dimensions) and sequences.
+
+    Now and then a layer is used twice, or the last layer shares its weight with the embedding.
+    `example_inputs(network)` makes inputs for `network(*inputs)`.
+
+    Args:
+        dtypes: to choose from, one for each network. Default: float32.
+        spectra: of the weights; `"initial"` is the layer's own initialisation. Default: all.
+        max_layers: largest number of layers, at least 2.
+        max_side: largest number of features, channels, embeddings.
+
+    Raises:
+        ValueError: if `max_layers` is less than 2, or for an unknown spectrum.
+    """
+    check_choice("spectra", spectra, LAYER_SPECTRA)
+    if max_layers < 2:
+        raise ValueError(f"networks: max_layers={max_layers}: expected at least 2")
+    return _networks(dtypes, spectra, max_layers, max_side)
+
+
+@st.composite
+def _networks(
+    draw: Draw,
+    dtypes: Sequence[torch.dtype],
+    spectra: Sequence[str],
+    max_layers: int,
+    max_side: int,
+) -> Network:
+    dtype = draw(st.sampled_from(dtypes))
+    sizes = st.integers(1, max_side)
+
+    def made(kind: type[nn.Module], **arguments: Any) -> nn.Module:
+        return made_layer(draw, kind, arguments, dtype, spectra)
+
+    family = draw(st.sampled_from((_on_vectors, _on_images, _on_sequences)))
+    inner = draw(st.integers(1, max_layers - 1))
+    return Network(family(draw, made, sizes, inner))
+
+
+# Networks: `made(type, **arguments)` makes a layer, `inner` is how many come before the last
+
+
+def _on_vectors(
+    draw: Draw, made: Callable[..., nn.Module], sizes: st.SearchStrategy[int], inner: int
+) -> list[nn.Module]:
+    width = draw(sizes)
+    chain: list[nn.Module] = []
+    if draw(st.booleans()):
+        chain.append(made(nn.EmbeddingBag, num_embeddings=draw(sizes), embedding_dim=width))
+    cells = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+    while len(chain) < inner:
+        kind = draw(st.sampled_from((nn.Linear, nn.Bilinear, *cells, "again")))
+        if kind == "again":
+            again = chain[-1:] if _keeps_width(chain) else []
+            chain.extend(again or [made(nn.Linear, in_features=width, out_features=width)])
+            continue
+        after = draw(sizes)
+        if kind is nn.Linear:
+            chain.append(made(kind, in_features=width, out_features=after))
+        elif kind is nn.Bilinear:
+            chain.append(made(kind, in1_features=width, in2_features=width, out_features=after))
+        else:
+            chain.append(made(kind, input_size=width, hidden_size=after))
+        width = after
+    return [*chain, made(nn.Linear, in_features=width, out_features=draw(sizes))]
+
+
+def _keeps_width(chain: list[nn.Module]) -> bool:
+    last = chain[-1] if chain else None
+    return isinstance(last, nn.Linear) and last.in_features == last.out_features
+
+
+def _on_images(
+    draw: Draw, made: Callable[..., nn.Module], sizes: st.SearchStrategy[int], inner: int
+) -> list[nn.Module]:
+    kinds = draw(
+        st.sampled_from(
+            (
+                (nn.Conv2d, nn.ConvTranspose2d),
+                (nn.Conv1d, nn.ConvTranspose1d),
+                (nn.Conv3d, nn.ConvTranspose3d),
+            )
+        )
+    )
+    channels = draw(sizes)
+    chain: list[nn.Module] = []
+    for _ in range(inner):
+        groups = draw(st.sampled_from([g for g in (1, 2, 3) if channels % g == 0]))
+        after = groups * -(-draw(sizes) // groups)
+        kind = draw(st.sampled_from(kinds))
+        # An odd kernel, padded: the image keeps its size.
+        radius = draw(st.integers(0, 1))
+        chain.append(
+            made(
+                kind,
+                in_channels=channels,
+                out_channels=after,
+                kernel_size=2 * radius + 1,
+                padding=radius,
+                groups=groups,
+            )
+        )
+        channels = after
+    pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+    dimensions = len(chain[0].kernel_size)  # type: ignore[arg-type]
+    chain += [pool[dimensions - 1](1), nn.Flatten()]
+    return [*chain, made(nn.Linear, in_features=channels, out_features=draw(sizes))]
+
+
+def _on_sequences(
+    draw: Draw, made: Callable[..., nn.Module], sizes: st.SearchStrategy[int], inner: int
+) -> list[nn.Module]:
+    width, vocabulary = draw(sizes), draw(sizes)
+    embedding = made(nn.Embedding, num_embeddings=vocabulary, embedding_dim=width)
+    chain = [embedding]
+    for _ in range(inner - 1):
+        kind = draw(st.sampled_from((nn.Linear, nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU)))
+        if kind is nn.MultiheadAttention:
+            chain.append(made(kind, embed_dim=width, num_heads=1, batch_first=True))
+            continue
+        after = draw(sizes)
+        if kind is nn.Linear:
+            chain.append(made(kind, in_features=width, out_features=after))
+            width = after
+        else:
+            both = draw(st.booleans())
+            chain.append(
+                made(
+                    kind, input_size=width, hidden_size=after, batch_first=True, bidirectional=both
+                )
+            )
+            width = 2 * after if both else after
+    head = made(nn.Linear, in_features=width, out_features=vocabulary)
+    if head.weight.shape == embedding.weight.shape and draw(st.booleans()):
+        head.weight = embedding.weight
+    return [*chain, head]

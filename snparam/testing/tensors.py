@@ -1,0 +1,134 @@
+"""Tensors with a chosen spectrum, from a seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Simplest first: Hypothesis shrinks towards the front.
+SPECTRA = (
+    "gaussian",
+    "flat",
+    "decaying",
+    "clustered",
+    "repeated",
+    "deficient",
+    "equal",
+    "row",
+    "zero",
+)
+FORMATS = ("contiguous", "channels_last", "transposed", "strided")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
+
+
+def weight_with(
+    spectrum: str,
+    shape: Sequence[int],
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    memory: str = "contiguous",
+) -> Tensor:
+    """A tensor whose matrix (its dimension 0 as rows) has a chosen spectrum.
+
+    Args:
+        spectrum: with p = min(rows, columns),
+            `"gaussian"`: independent Gaussian entries;
+            `"flat"`: all p singular values equal;
+            `"decaying"`: geometric, from 1 with ratio 0.7;
+            `"clustered"`: half of them between 1 and 0.999, the others 0.1;
+            `"repeated"`: half of them 1, the others 0.5;
+            `"deficient"`: half of them between 1 and 0.5, the others 0 (rank 1 for p = 1);
+            `"equal"`: all entries equal;
+            `"row"`: Gaussian, with one row a thousand times larger;
+            `"zero"`: zero.
+        shape: two dimensions or more.
+        seed: what the singular vectors are drawn from, and the entries.
+        scale: the largest singular value, up to the rounding of `dtype`.
+        dtype: floating or complex.
+        memory: `"contiguous"`, `"channels_last"` (of 4 or 5 dimensions; as contiguous for others),
+            `"transposed"` (the dimensions in memory in reverse) or `"strided"` (with gaps).
+
+    Raises:
+        ValueError: for an unknown `spectrum` or `memory`.
+    """
+    rows, columns = shape[0], math.prod(shape[1:])
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    generator = torch.Generator().manual_seed(seed)
+    matrix = _matrix(spectrum, rows, columns, generator, wide)
+    if matrix.numel():
+        norm = float(torch.linalg.matrix_norm(matrix, 2))
+        matrix = matrix * (scale / norm if norm > 0 else 0.0)
+    return in_memory(matrix.to(dtype).reshape(tuple(shape)), memory)
+
+
+def in_memory(tensor: Tensor, memory: str) -> Tensor:
+    """The same values, laid out in memory as `weight_with` says.
+
+    Raises:
+        ValueError: for an unknown format.
+    """
+    if memory == "channels_last":
+        if tensor.ndim == 4:
+            return tensor.contiguous(memory_format=torch.channels_last)
+        if tensor.ndim == 5:
+            return tensor.contiguous(memory_format=torch.channels_last_3d)
+        return tensor.contiguous()
+    if memory == "transposed":
+        order = tuple(reversed(range(tensor.ndim)))
+        return tensor.permute(order).contiguous().permute(order)
+    if memory == "strided":
+        gaps = tensor.new_zeros((*tensor.shape[:-1], 2 * tensor.shape[-1]))
+        gaps[..., ::2] = tensor
+        return gaps[..., ::2]
+    if memory == "contiguous":
+        return tensor.contiguous()
+    raise ValueError(f"memory={memory!r}: expected one of {', '.join(FORMATS)}")
+
+
+def _matrix(
+    spectrum: str, rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    def gaussian(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=dtype)
+
+    if spectrum == "gaussian":
+        return gaussian(rows, columns)
+    if spectrum == "zero":
+        return torch.zeros(rows, columns, dtype=dtype)
+    if spectrum == "equal":
+        return torch.ones(rows, columns, dtype=dtype)
+    if spectrum == "row":
+        matrix = gaussian(rows, columns)
+        matrix[rows // 2] *= 1e3
+        return matrix
+    values = _values(spectrum, min(rows, columns))
+    left = torch.linalg.qr(gaussian(rows, len(values)))[0]
+    right = torch.linalg.qr(gaussian(columns, len(values)))[0]
+    return (left * values) @ right.mH
+
+
+def _values(spectrum: str, count: int) -> Tensor:
+    """`count` singular values, largest first."""
+    values = torch.ones(count, dtype=torch.float64)
+    top = (count + 1) // 2
+    if spectrum == "flat":
+        return values
+    if spectrum == "decaying":
+        return torch.full((count,), 0.7, dtype=torch.float64) ** torch.arange(count)
+    if spectrum == "clustered":
+        values[:top] -= 1e-3 * torch.arange(top) / max(top, 1)
+        values[top:] = 0.1
+        return values
+    if spectrum == "repeated":
+        values[top:] = 0.5
+        return values
+    if spectrum == "deficient":
+        values[:top] = torch.linspace(1.0, 0.5, top, dtype=torch.float64)
+        values[top:] = 0.0
+        return values
+    raise ValueError(f"spectrum={spectrum!r}: expected one of {', '.join(SPECTRA)}")

@@ -1,0 +1,44 @@
+"""Telling states with `update="step"` that an optimizer is about to change their weight.
+
+A hook on all optimizers, because neither a forward nor the weight shows at no cost that the weight
+has changed: fused optimizers leave its version counter alone, and comparing values would wait for
+the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+from weakref import WeakSet
+
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+
+class Watched(Protocol):
+    """A state that belongs to one weight.
+
+    Attributes:
+        weight_id: identity of the Parameter, once known.
+    """
+
+    weight_id: int | None
+
+    def expect_update(self) -> None:
+        """Note that an optimizer is about to change the weight."""
+
+
+_watched: WeakSet[Watched] = WeakSet()
+_handles: list[object] = []
+
+
+def watch(state: Watched) -> None:
+    """Let a state know before each optimizer step that concerns its weight."""
+    _watched.add(state)
+    if not _handles:
+        _handles.append(register_optimizer_step_pre_hook(_before_step))
+
+
+def _before_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for state in list(_watched):
+        if state.weight_id in stepped:
+            state.expect_update()

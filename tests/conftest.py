@@ -1,0 +1,11 @@
+"""What all tests share."""
+
+import torch
+from hypothesis import settings
+
+# No deadline: how long an example takes says nothing about whether the property holds.
+settings.register_profile("snparam", deadline=None)
+settings.load_profile("snparam")
+
+# Small matrices: more threads only wait for each other.
+torch.set_num_threads(2)
