@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from . import linalg
 from .layers import Weight
 from .options import Settings
-from .parametrization import SpectralNorm, compute_dtype
+from .parametrization import Estimate, SpectralNorm, compute_dtype
 from .scopes import norm_on
 from .views import View
 
@@ -108,7 +108,7 @@ class Candidate:
         count = min(self.settings.num_svs, self.available)
         u, sv = linalg.converged(self.view.to_matrices(tensor), count)
         dtype = compute_dtype(tensor.dtype)
-        return u.to(dtype), sv.to(dtype.to_real())
+        return u.to(dtype), sv.to(linalg.real_dtype(dtype))
 
     def make(self, estimate: tuple[Tensor, Tensor] | None = None) -> SpectralNorm:
         """The parametrization, from a converged estimate (computed here where not given).
@@ -120,7 +120,10 @@ class Candidate:
         if self.settings.init == "random":
             u = linalg.orthonormal_rows(torch.randn_like(u))
             sv = torch.ones_like(sv)
-        return SpectralNorm(self.view, self.settings, u, sv, self.label)
+        v = u.new_zeros(*u.shape[:2], self.view.matrices[2])
+        norm = SpectralNorm(self.view, self.settings, Estimate(u, v, sv), self.label)
+        norm.derive(self.tensor)
+        return norm
 
 
 def is_lazy(tensor: Tensor) -> bool:

@@ -103,9 +103,10 @@ def _gradient_by_numbers(
 ) -> Tensor:
     """`_gradients` for one matrix on a CPU, with nothing made but the gradient."""
     g = view.to_matrix(grad, like=weight)
-    along = float(torch.dot(g.reshape(-1), view.to_matrix(weight).reshape(-1)))
-    rate = -slope * along / divisor / divisor
-    combined = torch.addr(g, u.view(-1), v.view(-1), beta=1.0 / divisor, alpha=rate)
+    along = torch.dot(g.reshape(-1), view.to_matrix(weight).reshape(-1))
+    # Not `float(along)`: a batch of gradients (is_grads_batched) has one for each.
+    u = u.view(-1) * (along / divisor)
+    combined = torch.addr(g, u, v.view(-1), beta=1.0 / divisor, alpha=-slope / divisor)
     return view.from_matrices(combined, like=weight)
 
 
@@ -117,7 +118,7 @@ def _gradients(
     u, v = u.reshape(blocks, rows, 1), v.reshape(blocks, 1, columns).conj()
     g = view.to_matrices(grad, like=weight).to(u.dtype)
     w = view.to_matrices(weight).to(u.dtype)
-    d = _nonzero(divisor).to(w.dtype.to_real())
+    d = _nonzero(divisor)
     into_divisor = -_inner(g, w) / d / d  # not / d², which underflows first
     outer = slope * into_divisor[:, None, None] * u
     combined = g / d[:, None, None]
@@ -137,7 +138,7 @@ def _transformed() -> bool:
 
 
 def _divided(weight: Tensor, divisor: Tensor, view: View) -> Tensor:
-    d = _nonzero(divisor).to(torch.promote_types(weight.dtype, torch.float32).to_real())
+    d = _nonzero(divisor)
     if d.shape[0] == 1:
         out = weight / d
     else:

@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
 # Above this many rows (or columns, whichever are fewer) the block Lanczos iteration finds the top
 # of the spectrum sooner than a full eigendecomposition of the Gram matrix (benchmarks/convergence).
 _FULL_DECOMPOSITION = 768
@@ -24,6 +26,11 @@ _FULL_DECOMPOSITION = 768
 # Lanczos stops once ‖A x − θ x‖ ≤ tolerance · θ for each Ritz pair of A = W Wᴴ. θ is then within
 # that of an eigenvalue, and σ = √θ within half of it: 2.5e-4, against the 1e-3 promised.
 _LANCZOS_TOLERANCE = 5e-4
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a norm of tensors of the given dtype."""
+    return _REAL.get(dtype, dtype)
 
 
 def power_step(matrices: Tensor, u: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,8 +166,7 @@ def _unit(x: Tensor, eps: float, instead: float) -> tuple[Tensor, Tensor]:
     wide = torch.complex128 if x.is_complex() else torch.float64
     if x.device.type == "mps":  # has no float64
         wide = x.dtype
-    # A single row has a norm of no dimension, by which it is divided without a cast.
-    norm = torch.linalg.vector_norm(x, 2, None if x.ndim == 1 else -1, x.ndim > 1, dtype=wide)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).to(real_dtype(x.dtype))
     x = x.div_(norm)
     if eps > 0:
         x = x.mul_((norm / eps).clamp_max(1.0))

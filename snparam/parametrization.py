@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ class SpectralNorm(nn.Module):
 
     Attributes:
         u: buffer, (b, k, m): estimates of the top k left singular vectors of each block, as rows.
+        v: buffer, (b, k, n), with `update="step"` only, not saved: the right singular vectors.
         sv: buffer, (b, k): estimates of the singular values. For looking at; no arithmetic
             of a forward uses it.
         view: how the weight is read as a stack of matrices (b, m, n).
@@ -40,26 +40,29 @@ class SpectralNorm(nn.Module):
     """
 
     u: Tensor
+    v: Tensor
     sv: Tensor
 
-    def __init__(self, view: View, settings: Settings, u: Tensor, sv: Tensor, name: str) -> None:
+    def __init__(self, view: View, settings: Settings, found: Estimate, name: str) -> None:
         """Take over a state; use `register_sn` or `convert_model` to make one.
 
         Args:
             view: how the weight is read.
             settings: validated options.
-            u: (b, k, m).
-            sv: (b, k), real.
+            found: the state to start with.
             name: what to call the weight in errors.
         """
         super().__init__()
         self.view = view
         self.settings = settings
         self.name = name
-        self.register_buffer("u", u)
-        self.register_buffer("sv", sv)
+        self.register_buffer("u", found.u)
+        self.register_buffer("sv", found.sv)
+        if settings.update == "step":
+            # What training forwards use; not saved, because it follows from u and the weight.
+            self.register_buffer("v", found.v, persistent=False)
         self._warned = False
-        self._single = u.shape[:2] == (1, 1) and settings.eps == 0
+        self._single = found.u.shape[:2] == (1, 1) and settings.eps == 0
         self._reset()
 
     def _reset(self) -> None:
@@ -98,7 +101,7 @@ class SpectralNorm(nn.Module):
         if frame is None:
             return self._normalise(weight, moves=self._may_move())
         # A tensor made without a graph cannot stand in for one with a graph, nor the reverse.
-        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        mode = (torch.is_grad_enabled(), _in_inference_mode())
         if mode not in frame.values:
             moves = self._may_move() and not frame.values
             frame.values[mode] = self._normalise(weight, moves, again=bool(frame.values))
@@ -124,11 +127,24 @@ class SpectralNorm(nn.Module):
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
-        """Converge u and sv to the singular vectors and values of a weight, in place."""
-        u, sv = linalg.converged(self.view.to_matrices(weight), self.u.shape[1])
+        """Converge the state to the singular vectors and values of a weight, in place."""
+        matrices = self.view.to_matrices(weight)
+        u, _ = linalg.converged(matrices, self.u.shape[1])
         self.u.copy_(u)
-        self.sv.copy_(sv)
+        self.derive(weight)
+        self.sv.copy_(self._step_from_u(weight).sv)
+
+    @torch.no_grad()
+    def derive(self, weight: Tensor) -> None:
+        """Bring what follows from u up to date, after u or the weight came from elsewhere."""
         self._last_v = self._current = None
+        self._behind = False
+        if self.settings.update == "step":
+            self.store(self._step_from_u(weight), weight)
+
+    def _step_from_u(self, weight: Tensor) -> Estimate:
+        matrices = self.view.to_matrices(weight.detach()).to(compute_dtype(weight.dtype))
+        return Estimate(*linalg.power_step(matrices, self.u.to(matrices.dtype), self.settings.eps))
 
     # When the state moves
 
@@ -167,8 +183,8 @@ class SpectralNorm(nn.Module):
     def store(self, estimate: Estimate, weight: Tensor) -> None:
         """Take over what `update` computed for the weight as it is now."""
         self.weight_id = id(weight)
-        self.u.copy_(estimate.u)
-        self.sv.copy_(estimate.sv)
+        for buffer, found in zip(self._stored(), estimate, strict=True):
+            buffer.copy_(found)
         self._current = estimate
         self._behind = False
 
@@ -209,7 +225,7 @@ class SpectralNorm(nn.Module):
         again = again or _in_backward()
         again = again and self.training and not self._frozen and self._last_v is not None
         with without_autocast(weight):
-            if self.settings.update == "step":
+            if self.settings.update == "step" and self.training:
                 u, v, sigma = self._current_step(weight)
             else:
                 # Detached, so that nothing is recorded: u and v are constants to autograd.
@@ -221,22 +237,22 @@ class SpectralNorm(nn.Module):
         return self._single and weight.dtype in _VECTOR_DTYPES and reads_numbers(weight)
 
     def _current_step(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """U (b, m), v (b, n) and σ of the last update, without a product."""
-        current = self._current
-        if current is None or current.u.device != weight.device:
-            # New here, loaded or moved: the state is u, and the rest follows from it.
-            matrices = self.view.to_matrices(weight.detach()).to(compute_dtype(weight.dtype))
-            u, v, sv = linalg.power_step(matrices, self.u.to(matrices.dtype), self.settings.eps)
-            current = Estimate(u, v, sv)
-            if not torch.compiler.is_compiling() and not u.is_inference():
-                self._current = current
+        """u (b, m), v (b, n) and σ of the last update, without a product."""
         if torch.compiler.is_compiling():
-            return current.u[:, 0], current.v[:, 0], current.sv[:, 0]
+            # A compiled graph takes the buffers as its inputs, in place, whatever they hold.
+            return self.u[:, 0], self.v[:, 0], self.sv[:, 0]
         self.weight_id = id(weight)
-        if self._behind and self.training:
+        if self._behind:
             self._warn_behind()
-        sigma = current.number if self._by_numbers(weight) else current.sv[:, 0]
+        current = self._current
+        if current is None or current.u.device != weight.device:  # new, copied, loaded or moved
+            current = Estimate(*(x.to(compute_dtype(x.dtype), copy=True) for x in self._stored()))
+            self._current = None if current.u.is_inference() else current
+        sigma = float(current.sv[0, 0]) if self._by_numbers(weight) else current.sv[:, 0]
         return current.u[:, 0], current.v[:, 0], sigma
+
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.u, self.v, self.sv
 
     def _vector_step(
         self, weight: Tensor, moves: bool, again: bool
@@ -288,16 +304,12 @@ class SpectralNorm(nn.Module):
         )
 
 
-class Estimate:
-    """What is known of a weight's singular values: u (b, k, m), v (b, k, n) and sv (b, k)."""
+class Estimate(NamedTuple):
+    """What a step finds: u (b, k, m), v (b, k, n) and sv (b, k)."""
 
-    def __init__(self, u: Tensor, v: Tensor, sv: Tensor) -> None:
-        self.u, self.v, self.sv = u, v, sv
-
-    @cached_property
-    def number(self) -> float:
-        """σ of a single matrix."""
-        return float(self.sv[0, 0])
+    u: Tensor
+    v: Tensor
+    sv: Tensor
 
 
 class _Frame:
@@ -318,6 +330,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _thread() -> int:
     # Inside a compiled graph there is one thread, and asking for its number would break the graph.
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _in_inference_mode() -> bool:
+    # Compilers cannot trace the question, and compile for each mode apart.
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 def _in_backward() -> bool:

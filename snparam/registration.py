@@ -125,6 +125,7 @@ def attach(weight: Weight, norm: SpectralNorm) -> None:
     lists[name][0] = norm.train(owner.training)
     lists[name].unsafe = False
     lists[name]._snparam_order = order
+    lists[name].register_load_state_dict_post_hook(_derive_after_load)
     row = layer_type(owner)
     if row is not None:
         for attribute, value in row.overrides.items():
@@ -150,6 +151,12 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
             row.restored(owner)
     if not any(True for _ in norms_of(owner)):
         close_scope(owner)
+
+
+def _derive_after_load(parametrizations: Any, _keys: object) -> None:
+    for norm in parametrizations:
+        if isinstance(norm, SpectralNorm):
+            norm.derive(parametrizations.original)
 
 
 @torch.no_grad()

@@ -214,7 +214,7 @@ class Comparison:
         The noise of a run never falls again: a row that was noise once has lost its history.
         """
         assert self.amount is not None
-        level = ROUNDINGS * self.unit * right.sv[:, :1] / right.sv.cummin(-1).values
+        level = ROUNDINGS * self.unit * right.sv[:, :1] / right.sv.abs().cummin(-1).values
         for what in moved[0]:
             each = torch.stack([m[what] for m in moved]).amax(0) * ROUNDINGS * self.unit
             noise = each / self.amount
