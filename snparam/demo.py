@@ -7,6 +7,7 @@ ship inside that package). Nothing is downloaded. Every number printed is measur
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -103,7 +104,7 @@ def run(out: Path, *, epochs: int = 20, seed: int = 0, quiet: bool = False) -> R
         out: the directory for ``singular_values.png`` and ``confusion.png``.
         epochs: passes over the training images.
         seed: of the split, the weights and the order of the images. The caller's global random
-            state is left as it was.
+            state and number of threads are left as they were.
         quiet: print no tables and no progress bar.
 
     Raises:
@@ -113,9 +114,20 @@ def run(out: Path, *, epochs: int = 20, seed: int = 0, quiet: bool = False) -> R
     _require_extras()
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no hub, whatever
     out.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         return _run(out, epochs, seed, _Narrator(quiet))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from a second thread, and on a busy machine wait for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run(out: Path, epochs: int, seed: int, say: _Narrator) -> Result:

@@ -15,6 +15,9 @@ from torch.autograd import forward_ad
 
 from .views import View
 
+# Up to here a loop over blocks on a CPU is faster than one batched product of vectors.
+_FEW_BLOCKS = 64
+
 
 def divide(
     weight: Tensor, divisor: Tensor | float, slope: float, u: Tensor, v: Tensor, view: View
@@ -152,8 +155,11 @@ def _nonzero(divisor: Tensor) -> Tensor:
 
 def _inner(g: Tensor, w: Tensor) -> Tensor:
     """Re⟨G, W⟩ per block, (b,)."""
-    blocks = g.shape[0]
-    inner: Tensor = torch.linalg.vecdot(g.reshape(blocks, -1), w.reshape(blocks, -1)).real
+    g, w = g.flatten(1), w.flatten(1)
+    if g.is_cpu and len(g) <= _FEW_BLOCKS and not torch.is_grad_enabled():
+        return torch.stack([torch.vdot(*pair) for pair in zip(g, w, strict=True)]).real
+    # A product, because multiplying and summing would first make a third tensor of their size.
+    inner: Tensor = torch.bmm(g.conj()[:, None], w[:, :, None]).flatten().real
     return inner
 
 
