@@ -375,7 +375,9 @@ class _Narrator:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("weight", "shape")
+        table = Table()
+        table.add_column("weight", max_width=12)  # a cut name could be that of another weight
+        table.add_column("shape")
         for heading in ("estimated σ", "σ in use", "drift"):
             table.add_column(heading, justify="right")
         for row in report:

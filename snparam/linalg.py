@@ -104,11 +104,18 @@ def orthonormal_rows(x: Tensor, eps: float = 0.0) -> Tensor:
         eps: rows whose remainder is shorter than this keep the length remainder / eps, as
             normalize(x) = x / max(‖x‖, eps) gives.
     """
+    scale = None
+    if x.is_complex():  # LAPACK's complex QR makes NaN of subnormal numbers, its real one does not
+        parts = torch.view_as_real(x.resolve_conj())
+        largest = parts.abs().amax((-3, -2, -1), keepdim=True)
+        parts = parts / torch.where(largest > 0, largest, 1.0)
+        x, scale = torch.view_as_complex(parts), largest[..., 0, 0]
     q, r = torch.linalg.qr(x.mT)
     diagonal = r.diagonal(dim1=-2, dim2=-1)
     phase = torch.sgn(diagonal) + (diagonal == 0)
     if eps > 0:
-        phase = phase * (diagonal.abs() / eps).clamp(max=1.0)
+        length = diagonal.abs() if scale is None else diagonal.abs() * scale
+        phase = phase * (length / eps).clamp(max=1.0)
     rows: Tensor = (q * phase.unsqueeze(-2)).mT
     return rows
 
@@ -206,11 +213,12 @@ def _gram(matrix: Tensor, scale: float, wide: torch.dtype) -> Tensor:
 
 
 def _top_by_gram(matrix: Tensor, scale: float, k: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(_gram(matrix, scale, wide))
+    _, vectors = torch.linalg.eigh(_gram(matrix, scale, wide))
     rows = vectors[:, -k:].flip(-1).mT
     if matrix.shape[0] < matrix.shape[1]:
-        # Columns of `vectors` are eigenvectors of W Wᴴ: left singular vectors.
-        return _fix_sign(rows), values[-k:].flip(-1).clamp_min(0).sqrt()
+        # Columns of `vectors` are eigenvectors of W Wᴴ: left singular vectors. The roots of the
+        # eigenvalues would be off by 1e-8 σ₁ where singular values are small.
+        return _fix_sign(rows), _left_from_right(matrix.mH, scale, rows)[1]
     return _left_from_right(matrix, scale, rows)
 
 
@@ -263,7 +271,7 @@ def _top_by_lanczos(
     if not done:
         return _top_by_gram(matrix, scale, k, wide)
     if short is matrix:
-        return _fix_sign(ritz), values.clamp_min(0).sqrt()
+        return _fix_sign(ritz), _left_from_right(matrix.mH, scale, ritz)[1]
     return _left_from_right(matrix, scale, ritz)
 
 

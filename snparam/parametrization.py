@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from typing import Any, NamedTuple
 
@@ -11,14 +10,16 @@ from torch import Tensor, nn
 
 from . import linalg
 from .division import divide, reads_numbers, without_autocast
+from .forwards import Forwards, Reading
 from .options import Settings
+from .recomputation import in_backward, keep, kept
 from .views import View
 from .watching import watch
 
 _VECTOR_DTYPES = (torch.float32, torch.float64)
 
 # Attributes that belong to running forwards and running training.
-_TRANSIENT = ("_frames", "_shared", "_sharing", "_frozen", "_last_v", "_current", "_behind")
+_TRANSIENT = ("forwards", "_frozen", "_last_v", "_current", "_behind")
 
 
 class SpectralNorm(nn.Module):
@@ -31,6 +32,7 @@ class SpectralNorm(nn.Module):
             of a forward uses it.
         view: how the weight is read as a stack of matrices (b, m, n).
         settings: the options it was registered with.
+        forwards: the running forwards that may read the weight.
 
     A training forward takes `num_itrs` steps from `u` and stores u and sv in place. A forward in
     eval mode takes one step from `u` and stores nothing. Arithmetic is in float32 at least, with
@@ -67,9 +69,7 @@ class SpectralNorm(nn.Module):
 
     def _reset(self) -> None:
         """What belongs to running forwards, and is neither copied nor saved."""
-        self._frames: dict[int, list[_Frame]] = {}
-        self._shared: _Frame | None = None
-        self._sharing = 0
+        self.forwards = Forwards()
         self._frozen = 0
         self._last_v: Tensor | None = None
         self._current: Estimate | None = None
@@ -97,15 +97,13 @@ class SpectralNorm(nn.Module):
 
         Within one forward of the layer the first read computes it and later ones share it.
         """
-        frame = self._frame()
-        if frame is None:
-            return self._normalise(weight, moves=self._may_move())
-        # A tensor made without a graph cannot stand in for one with a graph, nor the reverse.
+        reading = self.forwards.current()
+        if reading is None:
+            return self._normalise(weight, Reading())
         mode = (torch.is_grad_enabled(), _in_inference_mode())
-        if mode not in frame.values:
-            moves = self._may_move() and not frame.values
-            frame.values[mode] = self._normalise(weight, moves, again=bool(frame.values))
-        return frame.values[mode]
+        if mode not in reading.values:
+            reading.values[mode] = self._normalise(weight, reading)
+        return reading.values[mode]
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What to store when a value is assigned to the weight: the value, with a fresh estimate.
@@ -148,37 +146,9 @@ class SpectralNorm(nn.Module):
 
     # When the state moves
 
-    def enter(self, *, own: bool) -> None:
-        """Begin a forward of the layer itself (`own`) or of the module around it."""
-        frames = self._frames.setdefault(_thread(), [])
-        frame = _Frame()
-        if own and frames and not frames[-1].handed_on:
-            # What the surrounding forward read before this call (a dtype, usually) was this
-            # forward's weight: one forward, one move.
-            frame.values = frames[-1].values
-            frames[-1].handed_on = True
-        frames.append(frame)
-
-    def leave(self) -> None:
-        """End what the last `enter` of this thread began."""
-        thread = _thread()
-        frames = self._frames.get(thread)
-        if frames:
-            frames.pop()
-            if not frames:
-                del self._frames[thread]
-
     def freeze(self, on: bool) -> None:
         """Begin or end a stretch in which no read moves the state; stretches nest."""
         self._frozen += 1 if on else -1
-
-    def share(self, on: bool) -> None:
-        """Begin or end a stretch in which all reads, in all threads, share one; stretches nest."""
-        self._sharing += 1 if on else -1
-        if not self._sharing:
-            self._shared = None
-        elif self._shared is None:
-            self._shared = _Frame()
 
     def store(self, estimate: Estimate, weight: Tensor) -> None:
         """Take over what `update` computed for the weight as it is now."""
@@ -205,32 +175,23 @@ class SpectralNorm(nn.Module):
                 stacklevel=2,
             )
 
-    def _frame(self) -> _Frame | None:
-        if self._shared is not None:
-            return self._shared
-        frames = self._frames.get(_thread())
-        return frames[-1] if frames else None
-
-    def _may_move(self) -> bool:
-        return self.training and not self._frozen and not _in_backward()
-
     # The weight itself
 
-    def _normalise(self, weight: Tensor, moves: bool, again: bool = False) -> Tensor:
-        """W / σ.
-
-        Moving or not; or again, with the estimate of the last training forward, to the bit: for a
-        second read of one forward, and where activation checkpointing recomputes one.
-        """
-        again = again or _in_backward()
-        again = again and self.training and not self._frozen and self._last_v is not None
+    def _normalise(self, weight: Tensor, reading: Reading) -> Tensor:
+        """W / σ, moving the state if this is the first read of a training forward."""
         with without_autocast(weight):
             if self.settings.update == "step" and self.training:
                 u, v, sigma = self._current_step(weight)
-            else:
-                # Detached, so that nothing is recorded: u and v are constants to autograd.
-                step = self._vector_step if self._by_numbers(weight) else self._stack_step
-                u, v, sigma = step(weight.detach(), moves, again)
+                return divide(weight, sigma, 1.0, u, v, self.view)
+            repeated = reading.v
+            moves = False
+            if repeated is None and self.training and not self._frozen:
+                moves = not in_backward()
+                if not moves:
+                    repeated = kept(self, self._last_v)
+            # Detached, so that nothing is recorded: u and v are constants to autograd.
+            step = self._vector_step if self._by_numbers(weight) else self._stack_step
+            u, v, reading.v, sigma = step(weight.detach(), moves, repeated)
             return divide(weight, sigma, 1.0, u, v, self.view)
 
     def _by_numbers(self, weight: Tensor) -> bool:
@@ -255,12 +216,13 @@ class SpectralNorm(nn.Module):
         return self.u, self.v, self.sv
 
     def _vector_step(
-        self, weight: Tensor, moves: bool, again: bool
-    ) -> tuple[Tensor, Tensor, Tensor | float]:
-        """U (m,), v (n,) and σ of one matrix on a CPU; stored if the read moves the state."""
+        self, weight: Tensor, moves: bool, repeated: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
+        """The u (m,), v (n,), v again and σ of one matrix on a CPU; see `_stack_step`."""
         matrix = self.view.to_matrix(weight)
-        if again and self._last_v is not None:
-            return linalg.finish_vector_step(matrix, self._last_v.view(-1))
+        if repeated is not None:
+            u, v, sigma = linalg.finish_vector_step(matrix, repeated.view(-1))
+            return u, v, v, sigma
         stored = self.u.view(-1)
         u, v, sigma = linalg.vector_step(matrix, stored.to(weight.dtype))
         if moves:
@@ -268,17 +230,21 @@ class SpectralNorm(nn.Module):
                 u, v, sigma = linalg.vector_step(matrix, u)
             stored.copy_(u)
             self.sv.fill_(sigma)
-            self._remember(v)
-        return u, v, sigma
+            self._keep(v)
+        return u, v, v, sigma
 
     def _stack_step(
-        self, weight: Tensor, moves: bool, again: bool
-    ) -> tuple[Tensor, Tensor, Tensor | float]:
-        """U (b, m), v (b, n) and σ (b,); stored if the read moves the state."""
+        self, weight: Tensor, moves: bool, repeated: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
+        """The u (b, m) and v (b, n) of σ (b,), and all of v (b, k, n), by one step from u.
+
+        With `moves`, by `num_itrs` steps, stored in place. With `repeated`, the v of an earlier
+        read, from that, so that the numbers are those of that read to the bit.
+        """
         eps = self.settings.eps
         matrices = self.view.to_matrices(weight).to(compute_dtype(weight.dtype))
-        if again and self._last_v is not None:
-            v = self._last_v.view(*self.u.shape[:2], -1)
+        if repeated is not None:
+            v = repeated.view(*self.u.shape[:2], -1)
             u, v, sv = linalg.finish_step(matrices, v, eps)
         else:
             u, v, sv = linalg.power_step(matrices, self.u.to(matrices.dtype), eps)
@@ -287,13 +253,14 @@ class SpectralNorm(nn.Module):
                 u, v, sv = linalg.power_step(matrices, u, eps)
             self.u.copy_(u)
             self.sv.copy_(sv)
-            self._remember(v)
-        return u[:, 0], v[:, 0], sv[:, 0]
+            self._keep(v)
+        return u[:, 0], v[:, 0], v, sv[:, 0]
 
-    def _remember(self, v: Tensor) -> None:
+    def _keep(self, v: Tensor) -> None:
         """Keep what a recomputation of this forward, in a backward pass, has to start from."""
         if not torch.compiler.is_compiling() and not v.is_inference():
             self._last_v = v
+            keep(self, v)
 
     def extra_repr(self) -> str:
         """Options and shape, for printing."""
@@ -312,31 +279,11 @@ class Estimate(NamedTuple):
     sv: Tensor
 
 
-class _Frame:
-    """One forward: the weights it has read, and whether a layer's own forward took them over."""
-
-    __slots__ = ("handed_on", "values")
-
-    def __init__(self) -> None:
-        self.values: dict[tuple[bool, bool], Tensor] = {}
-        self.handed_on = False
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic for a weight of the given dtype: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def _thread() -> int:
-    # Inside a compiled graph there is one thread, and asking for its number would break the graph.
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
-
-
 def _in_inference_mode() -> bool:
     # Compilers cannot trace the question, and compile for each mode apart.
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running a backward pass: activation checkpointing recomputes there."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -45,12 +45,12 @@ def close_scope(module: nn.Module) -> None:
 
 def _begin(module: nn.Module, _args: object) -> None:
     for norm, own in _scope(module):
-        norm.enter(own=own)
+        norm.forwards.enter(own=own)
 
 
 def _end(module: nn.Module, _args: object, _output: object) -> None:
     for norm, _ in _scope(module):
-        norm.leave()
+        norm.forwards.leave()
 
 
 def _scope(module: nn.Module) -> Iterator[tuple[SpectralNorm, bool]]:

@@ -56,12 +56,12 @@ def cached(model: nn.Module) -> Iterator[None]:
     """
     norms = _norms(model, "cached")
     for norm in norms:
-        norm.share(True)
+        norm.forwards.share(True)
     try:
         yield
     finally:
         for norm in norms:
-            norm.share(False)
+            norm.forwards.share(False)
 
 
 @torch.no_grad()

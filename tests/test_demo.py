@@ -171,3 +171,12 @@ def test_a_missing_library_is_named_with_the_extra(monkeypatch, tmp_path):
         demo.run(tmp_path / "out")
     assert str(error.value) == "the demo needs scikit-learn: pip install 'snparam[demo]'"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_terminal_gets_a_drawn_table_with_every_name_in_full(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    demo.run(tmp_path, epochs=1)
+    drawn = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert len(drawn) == 2 * 19  # before and after, a line for each converted weight
+    assert sum("vit.embeddings.patch_embeddings.projection.weight" in line for line in drawn) == 2

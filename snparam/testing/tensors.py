@@ -119,7 +119,7 @@ def _values(spectrum: str, count: int) -> Tensor:
     if spectrum == "flat":
         return values
     if spectrum == "decaying":
-        return torch.full((count,), 0.7, dtype=torch.float64) ** torch.arange(count)
+        return values.fill_(0.7).cumprod(0) / 0.7
     if spectrum == "clustered":
         values[:top] -= 1e-3 * torch.arange(top) / max(top, 1)
         values[top:] = 0.1

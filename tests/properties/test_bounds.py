@@ -98,29 +98,17 @@ def test_large_matrices_start_converged(spectrum, shape, count):
 
 
 @given(
-    weight=weights(dtypes=FLOATS, scales=(1.0,)), power=st.integers(-60, 60), sign=st.booleans()
+    weight=weights(dtypes=FLOATS, scales=(1.0,)),
+    log_factor=st.floats(-25, 25),
+    sign=st.sampled_from((1.0, -1.0)),
+    data=st.data(),
 )
-def test_scaling_by_a_power_of_two_changes_not_a_bit(weight, power, sign):
-    """Of the weight in use and of u; sv scales along, in any mode."""
-    # Entries that would become subnormal lose bits, which is not the library's doing.
-    assume(not weight.any() or weight[weight != 0].abs().min() > 1e-15)
-    factor = (-1.0 if sign else 1.0) * 2.0**power
-    small, large = held(weight), held(weight * factor)
-    for _ in range(3):
-        assert torch.equal(small() * (-1 if sign else 1), large())
-    assert torch.equal(norm_of(small).sv * abs(factor), norm_of(large).sv)
-    assert torch.equal(norm_of(small).u.abs(), norm_of(large).u.abs())
-
-
-@given(
-    weight=weights(dtypes=FLOATS, scales=(1.0,)), log_factor=st.floats(-25, 25), data=st.data()
-)
-def test_scaling_changes_nothing(weight, log_factor, data):
+def test_scaling_changes_nothing_but_the_sign(weight, log_factor, sign, data):
     count = count_in(data, weight)
     factor = 10.0**log_factor
-    one, other = held(weight, count), held(weight * factor, count)
+    one, other = held(weight, count), held(weight * (sign * factor), count)
     rtol = 64 * torch.finfo(weight.dtype).eps
-    torch.testing.assert_close(used(one), used(other), rtol=rtol, atol=rtol)
+    torch.testing.assert_close(used(one) * sign, used(other), rtol=rtol, atol=rtol)
     torch.testing.assert_close(
         norm_of(one).sv[:, 0] * factor, norm_of(other).sv[:, 0], rtol=rtol, atol=0
     )
@@ -150,12 +138,13 @@ def test_transposition_changes_nothing(weight):
 
 
 def close_values(a, b):
-    """Small ones come from squares, which halves their digits."""
-    torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-7 * float(a.max()))
+    """To rounding of the largest: inside a cluster the vectors differ, but not their values."""
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-11 * float(a.max()))
 
 
 @given(weight=weights(dtypes=FLOATS, scales=(1.0, 1e30)), blocks=st.integers(2, 3))
 def test_blocks_are_normalised_as_if_each_were_alone(weight, blocks):
+    weight = weight.flatten(1)
     stack = torch.cat([weight * (index + 1) for index in range(blocks)])
     assume(torch.isfinite(stack).all())
     together = used(held(stack, blocks=blocks))
