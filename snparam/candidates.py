@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from . import linalg
 from .layers import Weight
 from .options import Settings
-from .parametrization import Estimate, SpectralNorm, compute_dtype
+from .parametrization import Estimate, SpectralNorm, compute_dtype, is_finite, stack_of
 from .scopes import norm_on
 from .views import View
 
@@ -102,11 +102,12 @@ class Candidate:
         """
         assert self.view is not None
         tensor = self.tensor.detach()
-        if not bool(torch.isfinite(tensor).all()):
+        stack = stack_of(tensor, self.view)
+        if not is_finite(stack):
             problem = Problem("it has NaN or inf", "repair or re-initialise it first")
             raise ValueError(self.message(problem))
         count = min(self.settings.num_svs, self.available)
-        u, sv = linalg.converged(self.view.to_matrices(tensor), count)
+        u, sv = linalg.converged(stack, count)
         dtype = compute_dtype(tensor.dtype)
         return u.to(dtype), sv.to(linalg.real_dtype(dtype))
 

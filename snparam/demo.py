@@ -376,7 +376,7 @@ class _Narrator:
         from rich.table import Table
 
         table = Table()
-        table.add_column("weight", max_width=12)  # a cut name could be that of another weight
+        table.add_column("weight", overflow="fold")  # a cut name could be that of another weight
         table.add_column("shape")
         for heading in ("estimated σ", "σ in use", "drift"):
             table.add_column(heading, justify="right")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .sharded import divide_sharded, is_sharded
 from .views import View
 
 # Up to here a loop over blocks on a CPU is faster than one batched product of vectors.
@@ -39,6 +40,8 @@ def divide(
 
     Differentiable any number of times, in forward mode, and under torch.func and torch.compile.
     """
+    if is_sharded(weight):
+        return divide_sharded(weight, divisor, slope, u, v, view)  # type: ignore[arg-type]
     if _transformed():
         return _divided(weight, _attached(weight, divisor, slope, u, v, view), view)
     out: Tensor = _Divide.apply(weight, divisor, slope, u, v, view)  # type: ignore[no-untyped-call]

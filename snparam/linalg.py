@@ -13,6 +13,7 @@ Complex matrices follow W = Σ σᵢ uᵢ vᵢᴴ.
 from __future__ import annotations
 
 import math
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor
@@ -33,7 +34,32 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
     return _REAL.get(dtype, dtype)
 
 
-def power_step(matrices: Tensor, u: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+class Stack(Protocol):
+    """A stack of matrices (b, m, n) that is known by its products, such as one sharded over ranks.
+
+    Attributes:
+        shape: (b, m, n).
+        dtype: of the arithmetic.
+        device: where the vectors are.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def left(self, u: Tensor) -> Tensor:
+        """U conj(W), (b, k, m) to (b, k, n)."""
+
+    def right(self, v: Tensor) -> Tensor:
+        """V Wᵀ, (b, k, n) to (b, k, m)."""
+
+    def largest(self) -> float:
+        """The largest magnitude of an entry; not finite if there is NaN or inf."""
+
+
+def power_step(
+    matrices: Tensor | Stack, u: Tensor, eps: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """One step of block power iteration, equal to the sequential Gram-Schmidt form.
 
     V = orth(U W), T = V Wᵀ, U = orth(T), sv = rowwise ⟨T, U⟩: two products whatever k is. Source:
@@ -49,24 +75,26 @@ def power_step(matrices: Tensor, u: Tensor, eps: float = 0.0) -> tuple[Tensor, T
     Returns:
         The new u (b, k, m), the v (b, k, n) between, and sv (b, k).
     """
+    x = _left(matrices, u)
     if u.shape[1] > 1:
-        conj = matrices.conj() if matrices.is_complex() else matrices
-        v = orthonormal_rows(torch.bmm(u, conj), eps)
+        v = orthonormal_rows(x, eps)
     else:
         # Where u is orthogonal to every column the classic layer ends in NaN. Another direction
         # finds the matrix again, and only a zero matrix keeps σ = 0.
-        v, _ = _unit(_times(matrices.mH, u), eps, instead=matrices.shape[2] ** -0.5)
+        v, _ = _unit(x, eps, instead=matrices.shape[2] ** -0.5)
     return finish_step(matrices, v, eps)
 
 
-def finish_step(matrices: Tensor, v: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def finish_step(
+    matrices: Tensor | Stack, v: Tensor, eps: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """The second half of a step: u, v and sv from a given v, with one product."""
+    t = _right(matrices, v)
     if v.shape[1] > 1:
-        t = torch.bmm(v, matrices.mT)
         u = orthonormal_rows(t, eps)
         sv: Tensor = (t * u.conj()).sum(-1).real
         return u, v, sv
-    u, norm = _unit(_times(matrices, v), eps, instead=0.0)
+    u, norm = _unit(t, eps, instead=0.0)
     return u, v, norm if eps == 0 else norm * (norm / eps).clamp_max(1.0)
 
 
@@ -120,34 +148,58 @@ def orthonormal_rows(x: Tensor, eps: float = 0.0) -> Tensor:
     return rows
 
 
-def converged(matrices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def converged(
+    matrices: Tensor | Stack, k: int, tolerance: float = _LANCZOS_TOLERANCE
+) -> tuple[Tensor, Tensor]:
     """The top k left singular vectors and singular values, deterministically.
 
     Small matrices: the full eigendecomposition, in float64, of the Gram matrix of the shorter side
-    (σ₁ to about 1e-8 relative, whatever the spectrum). Large ones: block Lanczos with full
-    reorthogonalisation, stopped by its residual (σ to 2.5e-4, also in clusters).
+    (σ₁ to about 1e-8 relative, whatever the spectrum). Large and sharded ones: block Lanczos with
+    full reorthogonalisation, stopped by its residual (σ to 2.5e-4, also in clusters).
 
     Args:
         matrices: (b, m, n), finite, real or complex.
         k: how many, at most min(m, n).
+        tolerance: residual at which Lanczos stops, relative to σ₁².
 
     Returns:
         u (b, k, m) and sv (b, k), in float64 (complex128).
     """
-    wide = torch.complex128 if matrices.is_complex() else torch.float64
+    wide = _wide(matrices.dtype)
     us, svs = [], []
-    for matrix in matrices:
-        scale = _scale(matrix)
-        top = _top_by_gram if min(matrix.shape) <= _FULL_DECOMPOSITION else _top_by_lanczos
-        u, sv = top(matrix, scale, k, wide)
+    for block in range(matrices.shape[0]):
+        if not isinstance(matrices, Tensor):
+            scale = matrices.largest() or 1.0
+            u, sv = _top_by_lanczos(_Block(matrices, block, scale), k, wide, tolerance)
+        else:
+            scale = _scale(matrices[block])
+            u, sv = _top_of_matrix(matrices[block], scale, k, wide, tolerance)
         us.append(u)
         svs.append(sv * scale)
     return torch.stack(us), torch.stack(svs)
 
 
-def exact_sigma(matrices: Tensor) -> Tensor:
-    """Largest singular value of each matrix in float64, shape (b,), by a full decomposition."""
-    wide = torch.complex128 if matrices.is_complex() else torch.float64
+def _top_of_matrix(
+    matrix: Tensor, scale: float, k: int, wide: torch.dtype, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    if min(matrix.shape) > _FULL_DECOMPOSITION:
+        size = min(matrix.shape)
+        scaled = matrix.to(torch.promote_types(matrix.dtype, torch.float32)) / scale
+        # Past a third of the dimension the full decomposition is the cheaper of the two.
+        found = _top_by_lanczos(_Block(scaled[None], 0, 1.0), k, wide, tolerance, size // 3)
+        if found is not None:
+            return found
+    return _top_by_gram(matrix, scale, k, wide)
+
+
+def exact_sigma(matrices: Tensor | Stack) -> Tensor:
+    """Largest singular value of each matrix in float64, shape (b,), by a full decomposition.
+
+    Of sharded matrices: by Lanczos to rounding, in float64 where their own products are.
+    """
+    if not isinstance(matrices, Tensor):
+        return converged(matrices, 1, tolerance=1e-13)[1][:, 0]
+    wide = _wide(matrices.dtype)
     sigmas = []
     for matrix in matrices:
         scale = _scale(matrix)
@@ -157,11 +209,22 @@ def exact_sigma(matrices: Tensor) -> Tensor:
     return torch.stack(sigmas)
 
 
-def _times(matrices: Tensor, rows: Tensor) -> Tensor:
-    """W x for one x per matrix: (b, m, n) and (b, 1, n) to (b, m), or to (m,) for b = 1."""
-    if matrices.shape[0] == 1:  # one product with a vector is what BLAS does best
-        return torch.mv(matrices[0], rows.view(-1))
-    return torch.matmul(matrices, rows.mT).squeeze(-1)
+def _left(matrices: Tensor | Stack, u: Tensor) -> Tensor:
+    """U conj(W), (b, k, m) to (b, k, n)."""
+    if not isinstance(matrices, Tensor):
+        return matrices.left(u)
+    if u.shape[:2] == (1, 1):  # one product with a vector is what BLAS does best
+        return torch.mv(matrices[0].mH, u.view(-1)).view(1, 1, -1)
+    return torch.bmm(u, matrices.conj() if matrices.is_complex() else matrices)
+
+
+def _right(matrices: Tensor | Stack, v: Tensor) -> Tensor:
+    """V Wᵀ, (b, k, n) to (b, k, m)."""
+    if not isinstance(matrices, Tensor):
+        return matrices.right(v)
+    if v.shape[:2] == (1, 1):
+        return torch.mv(matrices[0], v.view(-1)).view(1, 1, -1)
+    return torch.bmm(v, matrices.mT)
 
 
 def _unit(x: Tensor, eps: float, instead: float) -> tuple[Tensor, Tensor]:
@@ -170,14 +233,12 @@ def _unit(x: Tensor, eps: float, instead: float) -> tuple[Tensor, Tensor]:
     The norms are taken in float64, where squares of float32 neither overflow nor underflow. A row
     with NaN becomes `instead` too, so that a step on a broken weight does not break the state.
     """
-    wide = torch.complex128 if x.is_complex() else torch.float64
-    if x.device.type == "mps":  # has no float64
-        wide = x.dtype
+    wide = x.dtype if x.device.type == "mps" else _wide(x.dtype)  # which has no float64
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).to(real_dtype(x.dtype))
     x = x.div_(norm)
     if eps > 0:
         x = x.mul_((norm / eps).clamp_max(1.0))
-    return x.nan_to_num_(nan=instead).view(-1, 1, x.shape[-1]), norm.view(-1, 1)
+    return x.nan_to_num_(nan=instead), norm.squeeze(-1)
 
 
 def _make_unit(x: Tensor, instead: float) -> float:
@@ -190,6 +251,10 @@ def _make_unit(x: Tensor, instead: float) -> float:
     else:
         x.fill_(instead)
     return norm
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64
 
 
 def _scale(matrix: Tensor) -> float:
@@ -233,46 +298,78 @@ def _left_from_right(matrix: Tensor, scale: float, v: Tensor) -> tuple[Tensor, T
     return _fix_sign(u), (t * u.conj()).sum(-1).real.clamp_min(0)
 
 
+class _Block:
+    """One matrix of a stack, scaled, as the Gram operator of its shorter side."""
+
+    def __init__(self, stack: Tensor | Stack, block: int, scale: float) -> None:
+        self.stack, self.block, self.scale = stack, block, scale
+        _, rows, columns = stack.shape
+        self.by_rows = rows <= columns
+        self.size = min(rows, columns)
+
+    def gram(self, rows: Tensor) -> Tensor:
+        """Each row x, (width, size), to A x."""
+        there, back = (_left, _right) if self.by_rows else (_right, _left)
+        image = back(self.stack, there(self.stack, self._in_stack(rows)) / self.scale) / self.scale
+        return image[self.block].to(rows.dtype)
+
+    def left_from_right(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """u and sv from right singular vectors."""
+        t = _right(self.stack, self._in_stack(v))[self.block].to(v.dtype) / self.scale
+        u = orthonormal_rows(t.unsqueeze(0))[0]
+        return _fix_sign(u), (t * u.conj()).sum(-1).real.clamp_min(0)
+
+    def _in_stack(self, rows: Tensor) -> Tensor:
+        out = rows.new_zeros((self.stack.shape[0], *rows.shape), dtype=self.stack.dtype)
+        out[self.block] = rows
+        return out
+
+
+@overload
 def _top_by_lanczos(
-    matrix: Tensor, scale: float, k: int, wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    matrix: _Block, k: int, wide: torch.dtype, tolerance: float
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def _top_by_lanczos(
+    matrix: _Block, k: int, wide: torch.dtype, tolerance: float, most: int
+) -> tuple[Tensor, Tensor] | None: ...
+def _top_by_lanczos(
+    matrix: _Block, k: int, wide: torch.dtype, tolerance: float, most: int | None = None
+) -> tuple[Tensor, Tensor] | None:
     """Block Lanczos on the Gram operator of the shorter side, fully reorthogonalised.
 
-    Source: Golub and Underwood 1977; Musco and Musco 2015 for its gap-free convergence. The start
-    is a fixed quasi-random block: no global random state, the same on every machine.
+    None if it has not converged within a basis of `most` vectors; without `most`, the basis grows
+    until it is complete. Source: Golub and Underwood 1977; Musco and Musco 2015 for its gap-free
+    convergence. The start is a fixed quasi-random block: no global random state, the same on every
+    machine.
     """
-    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mH
-    size = short.shape[0]
-    width = k + 1
-    working = matrix.dtype if matrix.dtype in (torch.float64, torch.complex128) else None
-    if working is None:
-        working = torch.complex64 if matrix.is_complex() else torch.float32
-    operator = short.to(working) / scale
-    block = orthonormal_rows(_quasi_random(width, size, matrix.device, wide).unsqueeze(0))[0]
-    basis = block
-    images = matrix.new_empty((0, size), dtype=wide)
+    size = matrix.size
+    width = min(k + 1, size)
+    start = _quasi_random(width, size, matrix.stack.device, wide)
+    basis = block = orthonormal_rows(start.unsqueeze(0))[0]
+    images = basis.new_empty((0, size))
     while True:
-        image = ((block.to(working) @ operator.conj()) @ operator.mT).to(wide)
+        image = matrix.gram(block)
         images = torch.cat([images, image])
         projected = basis.conj() @ images.mT
         values, vectors = torch.linalg.eigh((projected + projected.mH) / 2)
         values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
         ritz = vectors.mT @ basis
         residual = torch.linalg.vector_norm(vectors.mT @ images - values[:, None] * ritz, dim=-1)
-        done = bool((residual <= _LANCZOS_TOLERANCE * values[0].clamp_min(0)).all())
-        # Past a third of the dimension the full decomposition is the cheaper of the two.
-        if done or 3 * (basis.shape[0] + width) > size:
+        done = bool((residual <= tolerance * values[0].clamp_min(0)).all())
+        width = min(width, size - basis.shape[0])
+        if done or width == 0:
             break
-        block = image
+        if most is not None and basis.shape[0] + width > most:
+            return None
+        block = image[:width]
         for _ in range(2):  # twice is enough (Parlett 1980)
             block = block - (block @ basis.mH) @ basis
             block = orthonormal_rows(block.unsqueeze(0))[0]
         basis = torch.cat([basis, block])
-    if not done:
-        return _top_by_gram(matrix, scale, k, wide)
-    if short is matrix:
-        return _fix_sign(ritz), _left_from_right(matrix.mH, scale, ritz)[1]
-    return _left_from_right(matrix, scale, ritz)
+    if matrix.by_rows:
+        return _fix_sign(ritz), values.clamp_min(0).sqrt()
+    return matrix.left_from_right(ritz)
 
 
 def _quasi_random(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:

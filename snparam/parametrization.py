@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from .division import divide, reads_numbers, without_autocast
 from .forwards import Forwards, Reading
 from .options import Settings
 from .recomputation import in_backward, keep, kept
+from .sharded import ShardedStack, is_sharded
 from .views import View
 from .watching import watch
 
@@ -116,7 +118,7 @@ class SpectralNorm(nn.Module):
                 f"SpectralNorm on {self.name} {self.view.shape}: assigned a tensor of shape "
                 f"{tuple(value.shape)}; assign one of shape {self.view.shape}"
             )
-        if not bool(torch.isfinite(value).all()):
+        if not is_finite(stack_of(value, self.view)):
             raise ValueError(
                 f"SpectralNorm on {self.name} {self.view.shape}: assigned a tensor with NaN or inf"
             )
@@ -126,8 +128,7 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
         """Converge the state to the singular vectors and values of a weight, in place."""
-        matrices = self.view.to_matrices(weight)
-        u, _ = linalg.converged(matrices, self.u.shape[1])
+        u, _ = linalg.converged(stack_of(weight, self.view), self.u.shape[1])
         self.u.copy_(u)
         self.derive(weight)
         self.sv.copy_(self._step_from_u(weight).sv)
@@ -141,7 +142,7 @@ class SpectralNorm(nn.Module):
             self.store(self._step_from_u(weight), weight)
 
     def _step_from_u(self, weight: Tensor) -> Estimate:
-        matrices = self.view.to_matrices(weight.detach()).to(compute_dtype(weight.dtype))
+        matrices = stack_of(weight.detach(), self.view)
         return Estimate(*linalg.power_step(matrices, self.u.to(matrices.dtype), self.settings.eps))
 
     # When the state moves
@@ -242,7 +243,7 @@ class SpectralNorm(nn.Module):
         read, from that, so that the numbers are those of that read to the bit.
         """
         eps = self.settings.eps
-        matrices = self.view.to_matrices(weight).to(compute_dtype(weight.dtype))
+        matrices = stack_of(weight, self.view)
         if repeated is not None:
             v = repeated.view(*self.u.shape[:2], -1)
             u, v, sv = linalg.finish_step(matrices, v, eps)
@@ -277,6 +278,23 @@ class Estimate(NamedTuple):
     u: Tensor
     v: Tensor
     sv: Tensor
+
+
+def stack_of(
+    weight: Tensor, view: View, at_least: torch.dtype = torch.float32
+) -> Tensor | ShardedStack:
+    """A weight as a stack of matrices, in the dtype of the arithmetic."""
+    dtype = torch.promote_types(weight.dtype, at_least)
+    if is_sharded(weight):
+        return ShardedStack(weight, view, dtype)  # type: ignore[arg-type]
+    return view.to_matrices(weight).to(dtype)
+
+
+def is_finite(stack: Tensor | ShardedStack) -> bool:
+    """Whether a stack has neither NaN nor inf."""
+    if isinstance(stack, ShardedStack):
+        return math.isfinite(stack.largest())
+    return bool(torch.isfinite(stack).all())
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

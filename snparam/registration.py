@@ -118,10 +118,17 @@ def attach(weight: Weight, norm: SpectralNorm) -> None:
     """Put a SpectralNorm on a tensor. The Parameter stays the same object."""
     owner, name = weight.owner, weight.tensor_name
     order = next((p._snparam_order for p in _lists(owner)), tuple(owner._parameters))
-    # A stand-in goes in first: registration would call right_inverse, which converges anew, and
-    # without `unsafe` also forward, which moves the state.
+    # Stand-ins go in first: for the state, because registration would call right_inverse, which
+    # converges anew, and forward, which moves it; for the tensor, because registration would set
+    # it to itself, which tensors of some subclasses do not survive.
+    tensors = owner._parameters if name in owner._parameters else owner._buffers
+    original = tensors[name]
+    assert original is not None
+    tensors[name] = nn.Parameter(torch.empty(0))
     parametrize.register_parametrization(owner, name, nn.Module(), unsafe=True)
     lists: Any = owner.parametrizations
+    del lists[name]._parameters["original"]
+    parametrize._register_parameter_or_buffer(lists[name], "original", original)
     lists[name][0] = norm.train(owner.training)
     lists[name].unsafe = False
     lists[name]._snparam_order = order

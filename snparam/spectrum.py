@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import linalg
 from .conversion import plan_conversion
-from .parametrization import SpectralNorm
+from .parametrization import SpectralNorm, is_finite, stack_of
 from .plan import REFUSE
 from .registration import read_as_eval
 from .scopes import norms_of
+from .sharded import ShardedStack
 from .tables import aligned
 
 
@@ -112,8 +114,9 @@ def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
     for name, norm in norms_in(model):
         owner, _, tensor = name.rpartition(".")
         module = model.get_submodule(owner)
-        used = norm.view.to_matrices(read_as_eval(module, tensor))
-        original = norm.view.to_matrices(module.parametrizations[tensor].original)  # type: ignore[index, union-attr]
+        lists: Any = module.parametrizations
+        used = stack_of(read_as_eval(module, tensor), norm.view, torch.float64)
+        original = stack_of(lists[tensor].original, norm.view, torch.float64)
         exact = _sigma_or_nan(used)
         # What eval mode divided by, told from the two weights: the ratio of their norms.
         estimate = _sigma_or_nan(original) / torch.where(exact > 0, exact, 1.0)
@@ -148,7 +151,7 @@ def _check_drift(rows: Verification, tolerance: float) -> None:
         )
 
 
-def _sigma_or_nan(matrices: Tensor) -> Tensor:
-    if bool(torch.isfinite(matrices).all()):
-        return linalg.exact_sigma(matrices)
-    return torch.full((matrices.shape[0],), torch.nan, dtype=torch.float64)
+def _sigma_or_nan(stack: Tensor | ShardedStack) -> Tensor:
+    if is_finite(stack):
+        return linalg.exact_sigma(stack)
+    return torch.full((stack.shape[0],), torch.nan, dtype=torch.float64)

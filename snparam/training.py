@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from . import linalg
 from .division import without_autocast
-from .parametrization import Estimate, SpectralNorm, compute_dtype
+from .parametrization import Estimate, SpectralNorm, stack_of
+from .sharded import is_sharded
 from .spectrum import norms_in
 
 # Matrices of at most this many entries are updated together with others of their shape. Stacking
@@ -77,9 +78,8 @@ def update(model: nn.Module) -> None:
     groups: dict[Hashable, list[tuple[SpectralNorm, Tensor]]] = {}
     for norm, weight in _stepwise(model):
         blocks, rows, columns = norm.view.matrices
-        single = blocks * rows * columns > _STACKED_ENTRIES.get(
-            weight.device.type, _STACKED_ENTRIES_ELSEWHERE
-        )
+        most = _STACKED_ENTRIES.get(weight.device.type, _STACKED_ENTRIES_ELSEWHERE)
+        single = blocks * rows * columns > most or is_sharded(weight)
         settings = norm.settings
         alike = (norm.view.matrices, norm.u.shape[1], weight.dtype, weight.device)
         key = (id(norm),) if single else (*alike, settings.num_itrs, settings.eps)
@@ -135,11 +135,12 @@ def _stepwise(model: nn.Module) -> list[tuple[SpectralNorm, Tensor]]:
 def _update_together(group: list[tuple[SpectralNorm, Tensor]]) -> None:
     """One update for states whose weights are read as stacks of the same shape."""
     first, weight = group[0]
-    dtype = compute_dtype(weight.dtype)
-    stacks = [norm.view.to_matrices(weight.detach()) for norm, weight in group]
-    together = len(group) > 1
-    matrices = (torch.cat(stacks) if together else stacks[0]).to(dtype)
-    u = (torch.cat([norm.u for norm, _ in group]) if together else first.u).to(dtype)
+    stacks = [stack_of(weight.detach(), norm.view) for norm, weight in group]
+    matrices, u = stacks[0], first.u
+    if len(group) > 1:
+        matrices = torch.cat([stack for stack in stacks if isinstance(stack, Tensor)])
+        u = torch.cat([norm.u for norm, _ in group])
+    u = u.to(matrices.dtype)
     with without_autocast(weight):
         for _ in range(first.settings.num_itrs):
             u, v, sv = linalg.power_step(matrices, u, first.settings.eps)

@@ -103,6 +103,7 @@ def test_quiet_shows_neither_tables_nor_progress(tmp_path, capsys):
 
 
 def test_runs_repeat_and_leave_the_global_state_alone(tmp_path):
+    torch.manual_seed(1234)  # not the state that a run would leave, were it to leave one
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:

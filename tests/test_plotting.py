@@ -30,7 +30,7 @@ def panels(figure):
 
 
 def overlapping(figure) -> list[tuple[str, str]]:
-    """Pairs of texts and legends of the figure whose boxes overlap once it is drawn."""
+    """Pairs of texts, legends and neighbouring panels whose boxes overlap once drawn."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -43,6 +43,7 @@ def overlapping(figure) -> list[tuple[str, str]]:
             texts += [tick.label1 for tick in ticks if tick.label1.get_visible()]
     named = [(text.get_text(), text) for text in texts if text is not None and text.get_text()]
     named += [("legend", legend) for legend in figure.legends]
+    named += [(f"panel {axes.get_title()}", axes.patch) for axes in panels(figure)]
     boxes = [(name, artist.get_window_extent(renderer)) for name, artist in named]
     return [
         (one, other)

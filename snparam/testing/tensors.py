@@ -93,6 +93,8 @@ def in_memory(tensor: Tensor, memory: str) -> Tensor:
 def _matrix(
     spectrum: str, rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype
 ) -> Tensor:
+    matrix: Tensor
+
     def gaussian(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=dtype)
 
@@ -109,7 +111,8 @@ def _matrix(
     values = _values(spectrum, min(rows, columns))
     left = torch.linalg.qr(gaussian(rows, len(values)))[0]
     right = torch.linalg.qr(gaussian(columns, len(values)))[0]
-    return (left * values) @ right.mH
+    matrix = (left * values) @ right.mH
+    return matrix
 
 
 def _values(spectrum: str, count: int) -> Tensor:

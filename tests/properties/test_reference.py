@@ -187,8 +187,7 @@ def distances(seen: Seen, right: Seen) -> dict[str, Tensor]:
         "output": (seen.output.to(wide) - right.output.to(wide)).norm() / right.output_size,
         "evaluated": (seen.evaluated.to(wide) - right.evaluated.to(wide)).norm()
         / right.output_size,
-        "gradient": (seen.gradient.to(wide) - right.gradient.to(wide)).norm()
-        / right.gradient_size,
+        "gradient": (seen.gradient.to(wide) - right.gradient.to(wide)).norm() / right.gradient_size,
     }
 
 

@@ -1,0 +1,246 @@
+"""Weights that are DTensors: products on the shards, and vectors reduced between ranks.
+
+Knows views and `torch.distributed.tensor`, not modules. A rank multiplies the piece of the matrix
+that it has, and what is communicated is vectors of as many entries as the matrix has rows or
+columns. No rank ever holds the weight. Every function here is collective: all ranks of the mesh
+have to call it.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .views import View
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a weight is a DTensor."""
+    # Asked of every weight in every forward, so without importing torch.distributed.tensor.
+    return hasattr(weight, "placements") and hasattr(weight, "device_mesh")
+
+
+class ShardedStack:
+    """A stack of matrices (b, m, n), of which each rank has a piece.
+
+    Attributes:
+        shape: (b, m, n).
+        dtype: of the arithmetic.
+        device: of this rank's piece.
+        rows: indices of this rank's rows among all b · m, ascending.
+        columns: indices of this rank's columns among all n.
+        piece: this rank's entries, (len(rows), len(columns)).
+    """
+
+    def __init__(self, weight: DTensor, view: View, dtype: torch.dtype) -> None:
+        """Read a DTensor of the view's shape.
+
+        Raises:
+            ValueError: if the shards are no pieces of rows and columns of the matrices.
+        """
+        self.shape = torch.Size(view.matrices)
+        self.dtype = dtype
+        self.weight = weight
+        self.tile = _Tile(weight, view)
+        local = weight.to_local()
+        self.device = local.device
+        self.rows, self.columns = self.tile.rows, self.tile.columns
+        self.piece = self.tile.to_piece(local).to(dtype)
+
+    def is_complex(self) -> bool:
+        """Whether the entries are complex."""
+        return self.dtype.is_complex
+
+    def left(self, u: Tensor) -> Tensor:
+        """U conj(W), (b, k, m) to (b, k, n)."""
+        blocks, rows, columns = self.shape
+        out = u.new_zeros((blocks, u.shape[1], columns))
+        for block, part in self.tile.segments():
+            here = u[block][:, self.rows[part] - block * rows]
+            out[block][:, self.columns] = here @ self.piece[part].conj()
+        return self.tile.reduce(out)
+
+    def right(self, v: Tensor) -> Tensor:
+        """V Wᵀ, (b, k, n) to (b, k, m)."""
+        blocks, rows, _ = self.shape
+        out = v.new_zeros((blocks, v.shape[1], rows))
+        for block, part in self.tile.segments():
+            here = v[block][:, self.columns] @ self.piece[part].mT
+            out[block][:, self.rows[part] - block * rows] = here
+        return self.tile.reduce(out)
+
+    def largest(self) -> float:
+        """The largest magnitude of an entry; NaN or inf if there is one anywhere."""
+        largest = self.piece.abs().max() if self.piece.numel() else self.piece.new_zeros(()).abs()
+        largest = torch.where(torch.isfinite(largest), largest, torch.inf)
+        return float(self.tile.reduce(largest.reshape(1), dist.ReduceOp.MAX))
+
+
+class _Tile:
+    """Where this rank's shard lies in the matrices, and how to reduce over the ranks."""
+
+    def __init__(self, weight: DTensor, view: View) -> None:
+        from torch.distributed.tensor import Replicate
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        self.view = view
+        row_axes, column_axes = _axes_of(view)
+        mesh, placements = weight.device_mesh, weight.placements
+        for placement in placements:
+            if placement.is_partial():
+                raise ValueError(f"its placement is {placement}; redistribute it to shards first")
+        self.groups = [
+            mesh.get_group(dim)
+            for dim, placement in enumerate(placements)
+            if not isinstance(placement, Replicate)
+        ]
+        shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+        device = weight.to_local().device
+        self.axes = (*row_axes, *column_axes)
+        self.rows = _indices(view.shape, shape, offset, row_axes, device)
+        self.columns = _indices(view.shape, shape, offset, column_axes, device)
+
+    def to_piece(self, local: Tensor) -> Tensor:
+        """This rank's shard as a matrix of its rows and columns."""
+        return local.permute(self.axes).reshape(len(self.rows), len(self.columns))
+
+    def from_piece(self, piece: Tensor, like: Tensor) -> Tensor:
+        """A matrix of this rank's rows and columns as a shard."""
+        permuted = [like.shape[axis] for axis in self.axes]
+        inverse = [self.axes.index(axis) for axis in range(len(self.axes))]
+        return piece.reshape(permuted).permute(inverse).contiguous()
+
+    def segments(self) -> list[tuple[int, slice]]:
+        """The blocks this rank has rows of, and which of its rows they are."""
+        rows = self.view.matrices[1]
+        bounds = torch.arange(self.view.matrices[0] + 1, device=self.rows.device) * rows
+        ends = torch.searchsorted(self.rows, bounds).tolist()
+        pairs = pairwise(ends)
+        return [(block, slice(*pair)) for block, pair in enumerate(pairs) if pair[0] < pair[1]]
+
+    def reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Reduce over all ranks that have different shards."""
+        for group in self.groups:
+            dist.all_reduce(x, op, group=group)
+        return x
+
+    def per_row(self, x: Tensor) -> Tensor:
+        """For each of this rank's rows, the entry of its block, (b,) to (len(rows), 1)."""
+        return x[self.rows // self.view.matrices[1], None]
+
+
+def divide_sharded(
+    weight: DTensor, divisor: Tensor, slope: float, u: Tensor, v: Tensor, view: View
+) -> DTensor:
+    """`division.divide` for a DTensor: shard by shard, placed as the weight is.
+
+    Backward communicates one number for each block. Differentiable once.
+    """
+    out: DTensor = _DivideSharded.apply(weight, divisor, slope, u, v, view)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _DivideSharded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: DTensor,
+        divisor: Tensor,
+        slope: float,
+        u: Tensor,
+        v: Tensor,
+        view: View,
+    ) -> DTensor:
+        divisor = torch.where(divisor == 0, 1.0, divisor)
+        ctx.save_for_backward(weight, divisor, u, v)
+        ctx.slope, ctx.tile = slope, _Tile(weight, view)
+        local = weight.to_local()
+        piece = ctx.tile.to_piece(local) / ctx.tile.per_row(divisor)
+        return _like(weight, ctx.tile.from_piece(piece, local).to(local.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
+        weight, divisor, u, v = ctx.saved_tensors
+        tile = ctx.tile
+        if tuple(grad.placements) != tuple(weight.placements):
+            grad = grad.redistribute(weight.device_mesh, weight.placements)
+        local = weight.to_local()
+        g = tile.to_piece(grad.to_local()).to(u.dtype)
+        w = tile.to_piece(local).to(u.dtype)
+        inner = divisor.new_zeros(divisor.shape)
+        for block, part in tile.segments():
+            inner[block] = torch.vdot(g[part].reshape(-1), w[part].reshape(-1)).real
+        rate = tile.reduce(inner) * ctx.slope / divisor / divisor
+        here = u.reshape(-1)[tile.rows, None] * tile.per_row(rate)
+        out = g / tile.per_row(divisor)
+        for block, part in tile.segments():
+            out[part].addmm_(here[part], v[block, None, tile.columns].conj(), alpha=-1.0)
+        into = _like(weight, tile.from_piece(out, local).to(local.dtype))
+        return into, None, None, None, None, None
+
+
+def _like(weight: DTensor, local: Tensor) -> DTensor:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
+
+
+def _axes_of(view: View) -> tuple[list[int], list[int]]:
+    """The axes of a weight that count blocks and rows, and those that count columns.
+
+    Raises:
+        ValueError: if an axis counts both, as that of a grouped transposed convolution does.
+    """
+    row_axes: list[int] = []
+    column_axes: list[int] = []
+    first = view.stack_axes + view.row_axes
+    in_rows = set(view.order[:first])
+    split = 0
+    for axis, length in enumerate(view.shape):
+        parts, size = [], 1
+        while split < len(view.split) and (size < length or view.split[split] == 1):
+            size *= view.split[split]
+            parts.append(split)
+            split += 1
+        kinds = {part in in_rows for part in parts if view.split[part] > 1}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"sharded, and axis {axis} of it counts rows and columns of a grouped layer; "
+                "leave it unsharded"
+            )
+        (row_axes if kinds == {True} else column_axes).append(axis)
+    if prod(view.shape[axis] for axis in row_axes) != prod(view.matrices[:2]):
+        raise ValueError("sharded, and read in a way that shards cannot follow; leave it unsharded")
+    return row_axes, column_axes
+
+
+def _indices(
+    shape: tuple[int, ...],
+    local: tuple[int, ...],
+    offset: tuple[int, ...],
+    axes: list[int],
+    device: torch.device,
+) -> Tensor:
+    """Which of the flattened indices of some axes a shard covers."""
+    index = torch.zeros(1, dtype=torch.long, device=device)
+    for axis in axes:
+        along = torch.arange(offset[axis], offset[axis] + local[axis], device=device)
+        index = (index[:, None] * shape[axis] + along).reshape(-1)
+    return index
