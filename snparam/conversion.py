@@ -26,7 +26,7 @@ from .plan import (
     carried_norms,
     sites_of,
 )
-from .registration import attach_all, detach, read_as_eval
+from .registration import attach_all, check_alone, detach, read_as_eval
 from .scopes import close_scope, norm_on, norms_of, open_scope
 from .selection import Filter, Selection, Selectors
 
@@ -157,8 +157,13 @@ def restore_model(model: _ModuleT, bake: bool = True) -> _ModuleT:
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: if a weight carries another parametrization as well; nothing has been changed.
     """
     carriers = [(m, tensor) for m in model.modules() for tensor, _ in norms_of(m)]
+    for module, tensor in carriers:
+        check_alone(module, tensor)
     values = [read_as_eval(module, tensor) if bake else None for module, tensor in carriers]
     for (module, tensor), value in zip(carriers, values, strict=True):
         detach(module, tensor, value)

@@ -97,6 +97,8 @@ class _Divide(torch.autograd.Function):
                 # Double backward: differentiable operations, in which d depends on W.
                 attached = _attached(weight, divisor, slope, u, v, view)
                 into = _gradients(grad, weight, attached, slope, u, v, view)
+                if ctx.number is not None:  # no tensor, so no gradient
+                    into = (into[0], None)
             elif ctx.number is not None:
                 into = (_gradient_by_numbers(grad, weight, divisor, slope, u, v, view), None)
             else:
@@ -158,7 +160,7 @@ def _nonzero(divisor: Tensor) -> Tensor:
 
 def _inner(g: Tensor, w: Tensor) -> Tensor:
     """Re⟨G, W⟩ per block, (b,)."""
-    g, w = g.flatten(1), w.flatten(1)
+    g, w = g.reshape(len(g), -1), w.reshape(len(w), -1)
     if g.is_cpu and len(g) <= _FEW_BLOCKS and not torch.is_grad_enabled():
         return torch.stack([torch.vdot(*pair) for pair in zip(g, w, strict=True)]).real
     # A product, because multiplying and summing would first make a third tensor of their size.

@@ -80,7 +80,8 @@ def remove_sn(module: _ModuleT, *, name: str | None = None, bake: bool = True) -
         The module, with the same Parameter objects, of its original class.
 
     Raises:
-        ValueError: if the tensor, or the module, does not carry SpectralNorm.
+        ValueError: if the tensor, or the module, does not carry SpectralNorm, or carries another
+            parametrization on the same tensor; nothing has been changed.
     """
     weights = weights_of(module) if name is None else [weight_named(module, name)]
     owners = {(id(w.owner), w.tensor_name): (w.owner, w.tensor_name) for w in weights}
@@ -93,6 +94,8 @@ def remove_sn(module: _ModuleT, *, name: str | None = None, bake: bool = True) -
             f"{type(module).__name__} has {what} registered with SpectralNorm; "
             "for a whole network use restore_model"
         )
+    for owner, tensor in carried:
+        check_alone(owner, tensor)
     baked = [read_as_eval(owner, tensor) if bake else None for owner, tensor in carried]
     for (owner, tensor), value in zip(carried, baked, strict=True):
         detach(owner, tensor, value)
@@ -125,6 +128,7 @@ def attach(weight: Weight, norm: SpectralNorm) -> None:
     original = tensors[name]
     assert original is not None
     tensors[name] = nn.Parameter(torch.empty(0))
+    _give_own_class(owner)
     parametrize.register_parametrization(owner, name, nn.Module(), unsafe=True)
     lists: Any = owner.parametrizations
     del lists[name]._parameters["original"]
@@ -145,6 +149,7 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
     lists: Any = owner.parametrizations
     order = lists[name]._snparam_order
     original = lists[name].original
+    _give_own_class(owner)
     parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
     if value is not None:
         with torch.no_grad():
@@ -160,6 +165,33 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
         close_scope(owner)
 
 
+def _give_own_class(owner: nn.Module) -> None:
+    """Make the class that holds a parametrized module's properties its own.
+
+    A deepcopy shares that class with its model, and would lose or gain properties with it.
+    """
+    if parametrize.is_parametrized(owner):
+        cls = type(owner)
+        own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        owner.__class__ = type(cls.__name__, cls.__bases__, own)
+
+
+def check_alone(owner: nn.Module, name: str) -> None:
+    """Refuse to take SpectralNorm off a tensor that carries another parametrization as well.
+
+    Raises:
+        ValueError: with what it carries.
+    """
+    lists: Any = owner.parametrizations
+    others = [type(p).__name__ for p in lists[name] if not isinstance(p, SpectralNorm)]
+    if others:
+        raise ValueError(
+            f"SpectralNorm on '{name}' of {type(owner).__name__}: {', '.join(others)} is "
+            "parametrized together with it; remove that first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations, or rebuild the module."
+        )
+
+
 def _derive_after_load(parametrizations: Any, _keys: object) -> None:
     for norm in parametrizations:
         if isinstance(norm, SpectralNorm):
@@ -169,15 +201,15 @@ def _derive_after_load(parametrizations: Any, _keys: object) -> None:
 @torch.no_grad()
 def read_as_eval(owner: nn.Module, name: str) -> Tensor:
     """The weight that eval mode uses, whatever the mode; no state moves."""
-    norm = norm_on(owner, name)
-    assert norm is not None
-    training = norm.training
-    norm.training = False
+    lists: Any = owner.parametrizations
+    modes = [(part, part.training) for part in lists[name]]
     try:
-        original = owner.parametrizations[name].original  # type: ignore[index, union-attr]
-        value: Tensor = norm(original)
+        for part, _ in modes:
+            part.training = False
+        value: Tensor = lists[name]()
     finally:
-        norm.training = training
+        for part, mode in modes:
+            part.training = mode
     return value
 
 

@@ -30,8 +30,8 @@ def singular_values(model: nn.Module) -> dict[str, Tensor]:
     """The tracked singular values of a network's weights, by qualified weight name.
 
     On a converted network: copies of the estimates that the last training forward left, each
-    (b, k), largest first, on the weight's device; nothing is computed and no device is waited for.
-    They are estimates: never above the singular values they stand for, by more than rounding.
+    (b, k), largest first once converged, on the weight's device; nothing is computed and no device
+    is waited for. They are estimates: the first is never above σ by more than rounding.
 
     On a network without SpectralNorm: the largest singular value of every weight that
     `convert_model` would convert, (b, 1), computed now. Nothing is registered or changed. A weight
