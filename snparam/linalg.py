@@ -75,27 +75,35 @@ def power_step(
     Returns:
         The new u (b, k, m), the v (b, k, n) between, and sv (b, k).
     """
-    x = _left(matrices, u)
-    if u.shape[1] > 1:
-        v = orthonormal_rows(x, eps)
-    else:
-        # Where u is orthogonal to every column the classic layer ends in NaN. Another direction
-        # finds the matrix again, and only a zero matrix keeps σ = 0.
-        v, _ = _unit(x, eps, instead=matrices.shape[2] ** -0.5)
-    return finish_step(matrices, v, eps)
+    return finish_step(matrices, right_vectors(_left(matrices, u), eps), eps)
 
 
 def finish_step(
     matrices: Tensor | Stack, v: Tensor, eps: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The second half of a step: u, v and sv from a given v, with one product."""
-    t = _right(matrices, v)
-    if v.shape[1] > 1:
+    u, sv = left_vectors(_right(matrices, v), eps)
+    return u, v, sv
+
+
+def right_vectors(x: Tensor, eps: float = 0.0) -> Tensor:
+    """The v (b, k, n) of a step, from X = U conj(W), which it overwrites."""
+    if x.shape[1] > 1:
+        return orthonormal_rows(x, eps)
+    # Where u is orthogonal to every column the classic layer ends in NaN. Another direction finds
+    # the matrix again, and only a zero matrix keeps σ = 0.
+    v, _ = _unit(x, eps, instead=x.shape[2] ** -0.5)
+    return v
+
+
+def left_vectors(t: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The u (b, k, m) and sv (b, k) of a step, from T = V Wᵀ, which it overwrites."""
+    if t.shape[1] > 1:
         u = orthonormal_rows(t, eps)
         sv: Tensor = (t * u.conj()).sum(-1).real
-        return u, v, sv
+        return u, sv
     u, norm = _unit(t, eps, instead=0.0)
-    return u, v, norm if eps == 0 else norm * (norm / eps).clamp_max(1.0)
+    return u, norm if eps == 0 else norm * (norm / eps).clamp_max(1.0)
 
 
 def vector_step(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -238,6 +246,8 @@ def _unit(x: Tensor, eps: float, instead: float) -> tuple[Tensor, Tensor]:
     x = x.div_(norm)
     if eps > 0:
         x = x.mul_((norm / eps).clamp_max(1.0))
+    if x.is_complex():  # NaN is replaced in the real and in the imaginary part, each by itself
+        instead *= 0.5**0.5
     return x.nan_to_num_(nan=instead), norm.squeeze(-1)
 
 
@@ -313,11 +323,12 @@ class _Block:
         image = back(self.stack, there(self.stack, self._in_stack(rows)) / self.scale) / self.scale
         return image[self.block].to(rows.dtype)
 
-    def left_from_right(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """u and sv from right singular vectors."""
-        t = _right(self.stack, self._in_stack(v))[self.block].to(v.dtype) / self.scale
-        u = orthonormal_rows(t.unsqueeze(0))[0]
-        return _fix_sign(u), (t * u.conj()).sum(-1).real.clamp_min(0)
+    def across(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The singular vectors of the longer side, and sv, from those of the shorter."""
+        there = _left if self.by_rows else _right
+        t = there(self.stack, self._in_stack(rows))[self.block].to(rows.dtype) / self.scale
+        across = orthonormal_rows(t.unsqueeze(0))[0]
+        return _fix_sign(across), (t * across.conj()).sum(-1).real.clamp_min(0)
 
     def _in_stack(self, rows: Tensor) -> Tensor:
         out = rows.new_zeros((self.stack.shape[0], *rows.shape), dtype=self.stack.dtype)
@@ -367,9 +378,9 @@ def _top_by_lanczos(
             block = block - (block @ basis.mH) @ basis
             block = orthonormal_rows(block.unsqueeze(0))[0]
         basis = torch.cat([basis, block])
-    if matrix.by_rows:
-        return _fix_sign(ritz), values.clamp_min(0).sqrt()
-    return matrix.left_from_right(ritz)
+    # Not the roots of the Ritz values, which are off by √eps σ₁ where singular values are small.
+    across, sv = matrix.across(ritz)
+    return (_fix_sign(ritz) if matrix.by_rows else across), sv
 
 
 def _quasi_random(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:

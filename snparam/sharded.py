@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import linalg
 from .views import View
 
 if TYPE_CHECKING:
@@ -62,27 +63,56 @@ class ShardedStack:
 
     def left(self, u: Tensor) -> Tensor:
         """U conj(W), (b, k, m) to (b, k, n)."""
+        return self.tile.reduce(self.left_here(u))
+
+    def right(self, v: Tensor) -> Tensor:
+        """V Wᵀ, (b, k, n) to (b, k, m)."""
+        return self.tile.reduce(self.right_here(v))
+
+    def left_here(self, u: Tensor) -> Tensor:
+        """This rank's summand of `left`."""
         blocks, rows, columns = self.shape
         out = u.new_zeros((blocks, u.shape[1], columns))
         for block, part in self.tile.segments():
             here = u[block][:, self.rows[part] - block * rows]
             out[block][:, self.columns] = here @ self.piece[part].conj()
-        return self.tile.reduce(out)
+        return out
 
-    def right(self, v: Tensor) -> Tensor:
-        """V Wᵀ, (b, k, n) to (b, k, m)."""
+    def right_here(self, v: Tensor) -> Tensor:
+        """This rank's summand of `right`."""
         blocks, rows, _ = self.shape
         out = v.new_zeros((blocks, v.shape[1], rows))
         for block, part in self.tile.segments():
             here = v[block][:, self.columns] @ self.piece[part].mT
             out[block][:, self.rows[part] - block * rows] = here
-        return self.tile.reduce(out)
+        return out
 
     def largest(self) -> float:
         """The largest magnitude of an entry; NaN or inf if there is one anywhere."""
         largest = self.piece.abs().max() if self.piece.numel() else self.piece.new_zeros(()).abs()
         largest = torch.where(torch.isfinite(largest), largest, torch.inf)
         return float(self.tile.reduce(largest.reshape(1), dist.ReduceOp.MAX))
+
+
+def steps_together(
+    stacks: list[ShardedStack], us: list[Tensor], eps: float
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`linalg.power_step` for several stacks, with two reductions for all of them.
+
+    A reduction takes as long as its latency until the vectors are millions of entries long.
+    """
+    xs = _reduce_together(stacks, [s.left_here(u) for s, u in zip(stacks, us, strict=True)])
+    vs = [linalg.right_vectors(x, eps) for x in xs]
+    ts = _reduce_together(stacks, [s.right_here(v) for s, v in zip(stacks, vs, strict=True)])
+    found = [linalg.left_vectors(t, eps) for t in ts]
+    return [(u, v, sv) for (u, sv), v in zip(found, vs, strict=True)]
+
+
+def _reduce_together(stacks: list[ShardedStack], parts: list[Tensor]) -> list[Tensor]:
+    """Each part summed over its stack's ranks; the stacks are sharded over the same ranks."""
+    flat = stacks[0].tile.reduce(torch.cat([part.reshape(-1) for part in parts]))
+    sums = torch.split(flat, [part.numel() for part in parts])
+    return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
 
 
 class _Tile:
@@ -98,7 +128,7 @@ class _Tile:
         for placement in placements:
             if placement.is_partial():
                 raise ValueError(f"its placement is {placement}; redistribute it to shards first")
-        self.groups = [
+        self.groups: list[dist.ProcessGroup] = [
             mesh.get_group(dim)
             for dim, placement in enumerate(placements)
             if not isinstance(placement, Replicate)

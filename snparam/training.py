@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -14,14 +15,14 @@ from torch.utils.hooks import RemovableHandle
 from . import linalg
 from .division import without_autocast
 from .parametrization import Estimate, SpectralNorm, stack_of
-from .sharded import is_sharded
+from .sharded import ShardedStack, is_sharded, steps_together
 from .spectrum import norms_in
 
 # Matrices of at most this many entries are updated together with others of their shape. Stacking
 # copies them, which costs less than an update's operations one by one only while they are small:
 # a step on a CPU, and a launch on an accelerator, cost as much as this many entries copied.
 _STACKED_ENTRIES = {"cpu": 1 << 14}
-_STACKED_ENTRIES_ELSEWHERE = 1 << 21
+_ELSEWHERE = 1 << 21
 
 
 @contextmanager
@@ -77,13 +78,7 @@ def update(model: nn.Module) -> None:
     """
     groups: dict[Hashable, list[tuple[SpectralNorm, Tensor]]] = {}
     for norm, weight in _stepwise(model):
-        blocks, rows, columns = norm.view.matrices
-        most = _STACKED_ENTRIES.get(weight.device.type, _STACKED_ENTRIES_ELSEWHERE)
-        single = blocks * rows * columns > most or is_sharded(weight)
-        settings = norm.settings
-        alike = (norm.view.matrices, norm.u.shape[1], weight.dtype, weight.device)
-        key = (id(norm),) if single else (*alike, settings.num_itrs, settings.eps)
-        groups.setdefault(key, []).append((norm, weight))
+        groups.setdefault(_company(norm, weight), []).append((norm, weight))
     for group in groups.values():
         _update_together(group)
 
@@ -132,22 +127,43 @@ def _stepwise(model: nn.Module) -> list[tuple[SpectralNorm, Tensor]]:
     return list(found.values())
 
 
+def _company(norm: SpectralNorm, weight: Tensor) -> Hashable:
+    """What states that are updated together have in common."""
+    settings = norm.settings
+    common = (weight.dtype, weight.device, settings.num_itrs, settings.eps)
+    if is_sharded(weight):
+        groups = ShardedStack(weight, norm.view, weight.dtype).tile.groups  # type: ignore[arg-type]
+        return (*common, *groups)
+    if prod(norm.view.matrices) > _STACKED_ENTRIES.get(weight.device.type, _ELSEWHERE):
+        return id(norm)
+    return (*common, norm.view.matrices, norm.u.shape[1])
+
+
 def _update_together(group: list[tuple[SpectralNorm, Tensor]]) -> None:
-    """One update for states whose weights are read as stacks of the same shape."""
-    first, weight = group[0]
+    """One update for states that are alike as `_company` tells."""
+    settings = group[0][0].settings
     stacks = [stack_of(weight.detach(), norm.view) for norm, weight in group]
-    matrices, u = stacks[0], first.u
-    if len(group) > 1:
-        matrices = torch.cat([stack for stack in stacks if isinstance(stack, Tensor)])
-        u = torch.cat([norm.u for norm, _ in group])
-    u = u.to(matrices.dtype)
-    with without_autocast(weight):
-        for _ in range(first.settings.num_itrs):
-            u, v, sv = linalg.power_step(matrices, u, first.settings.eps)
-    blocks = stacks[0].shape[0]
-    parts = zip(*(torch.split(found, blocks) for found in (u, v, sv)), strict=True)
-    for (norm, weight), part in zip(group, parts, strict=True):
-        norm.store(Estimate(*part), weight)
+    us = [norm.u.to(stack.dtype) for (norm, _), stack in zip(group, stacks, strict=True)]
+    with without_autocast(group[0][1]):
+        for _ in range(settings.num_itrs):
+            found = _steps(stacks, us, settings.eps)
+            us = [u for u, _, _ in found]
+    for (norm, weight), step in zip(group, found, strict=True):
+        norm.store(Estimate(*step), weight)
+
+
+def _steps(
+    stacks: list[Tensor | ShardedStack], us: list[Tensor], eps: float
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    sharded = [stack for stack in stacks if isinstance(stack, ShardedStack)]
+    if sharded:
+        return steps_together(sharded, us, eps)
+    dense = [stack for stack in stacks if isinstance(stack, Tensor)]
+    if len(dense) == 1:
+        return [linalg.power_step(dense[0], us[0], eps)]
+    found = linalg.power_step(torch.cat(dense), torch.cat(us), eps)
+    parts = [torch.split(part, dense[0].shape[0]) for part in found]
+    return list(zip(*parts, strict=True))
 
 
 def _norms(model: nn.Module, what: str) -> list[SpectralNorm]:
