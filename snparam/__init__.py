@@ -5,7 +5,7 @@ from .parametrization import SpectralNorm
 from .plan import ConversionPlan
 from .registration import register_sn, remove_sn
 from .spectrum import singular_values, verify
-from .training import cached, frozen, update, update_after_step
+from .training import cached, frozen, parameter_groups, update, update_after_step
 
 __version__ = "0.1.0"
 
@@ -15,6 +15,7 @@ __all__ = [
     "cached",
     "convert_model",
     "frozen",
+    "parameter_groups",
     "plan_conversion",
     "register_sn",
     "remove_sn",

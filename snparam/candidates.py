@@ -124,6 +124,7 @@ class Candidate:
         v = u.new_zeros(*u.shape[:2], self.view.matrices[2])
         norm = SpectralNorm(self.view, self.settings, Estimate(u, v, sv), self.label)
         norm.derive(self.tensor)
+        norm.start_gain(self.tensor)
         return norm
 
 

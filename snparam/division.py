@@ -7,7 +7,7 @@ gradient).
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +20,45 @@ from .views import View
 _FEW_BLOCKS = 64
 
 
-def divide(
-    weight: Tensor, divisor: Tensor | float, slope: float, u: Tensor, v: Tensor, view: View
-) -> Tensor:
-    """W / d, block by block, where d is a function of σ(W) = Re(uᴴ W v), u and v constants.
+class Division(NamedTuple):
+    """What a weight is divided by: d(σ) with σ(W) = Re(uᴴ W v), u and v constants.
+
+    Attributes:
+        divisor: the value of d, (b,), not negative, or a number for one matrix. A matrix whose d
+            is 0 is a zero matrix: it stays as it is, and so does its gradient, so that a
+            zero-initialised layer learns its way out.
+        slope: dd/dσ, (b,) or a number. With d = σ it is 1.
+        u: (b, m), unit.
+        v: (b, n), unit.
+        view: how the weight is read as (b, m, n).
+    """
+
+    divisor: Tensor | float
+    slope: Tensor | float
+    u: Tensor
+    v: Tensor
+    view: View
+
+
+def divide(weight: Tensor, by: Division, gain: Tensor | None = None) -> Tensor:
+    """γ W / d, block by block.
 
     The value of d comes in, already known from the power-iteration step, so that nothing is
     multiplied twice; its dependence on W is only in the gradient: dd/dW = slope · u vᴴ.
 
     Args:
         weight: of the view's shape and any floating dtype; the result has both, and its strides.
-        divisor: d, (b,), not negative. Gradients flow into it too. A matrix whose d is 0 is a zero
-            matrix: it stays as it is, and so does its gradient, so that a zero-initialised layer
-            learns its way out. For one matrix d may be a number (see `reads_numbers`).
-        slope: dd/dσ. With d = σ it is 1.
-        u: (b, m), unit.
-        v: (b, n), unit.
-        view: how the weight is read as (b, m, n).
+        by: the divisor.
+        gain: γ, (b,), which gradients flow into; None is 1.
 
-    Differentiable any number of times, in forward mode, and under torch.func and torch.compile.
+    Differentiable any number of times, in forward mode, and under torch.func and torch.compile; a
+    sharded weight once.
     """
     if is_sharded(weight):
-        return divide_sharded(weight, divisor, slope, u, v, view)  # type: ignore[arg-type]
+        return divide_sharded(weight, gain, *by)  # type: ignore[arg-type]
     if _transformed():
-        return _divided(weight, _attached(weight, divisor, slope, u, v, view), view)
-    out: Tensor = _Divide.apply(weight, divisor, slope, u, v, view)  # type: ignore[no-untyped-call]
+        return _divided(weight, _attached(weight, by), gain, by.view)
+    out: Tensor = _Divide.apply(weight, gain, by)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -69,72 +83,65 @@ class _Divide(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        divisor: Tensor | float,
-        slope: float,
-        u: Tensor,
-        v: Tensor,
-        view: View,
-    ) -> Tensor:
-        ctx.slope, ctx.view = slope, view
+    def forward(ctx: Any, weight: Tensor, gain: Tensor | None, by: Division) -> Tensor:
+        ctx.number = None
+        ctx.slope, ctx.view = by.slope, by.view
+        divisor = by.divisor
         if isinstance(divisor, Tensor):
-            ctx.number = None
-            ctx.save_for_backward(weight, u, v, divisor)
-            return _divided(weight, divisor, view)
-        ctx.number = divisor or 1.0
-        ctx.save_for_backward(weight, u, v)
-        return torch.div(weight, ctx.number)
+            ctx.save_for_backward(weight, gain, by.u, by.v, divisor)
+            return _divided(weight, divisor, gain, by.view)
+        ctx.number = divisor = divisor or 1.0
+        ctx.save_for_backward(weight, gain, by.u, by.v)
+        return torch.div(weight, divisor) if gain is None else weight * (float(gain) / divisor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, u, v, *rest = ctx.saved_tensors
-        slope, view, divisor = ctx.slope, ctx.view, ctx.number or rest[0]
+        weight, gain, u, v, *rest = ctx.saved_tensors
+        by = Division(ctx.number or rest[0], ctx.slope, u, v, ctx.view)
         with without_autocast(grad):
-            into: tuple[Tensor, Tensor | None]
             if torch.is_grad_enabled():
                 # Double backward: differentiable operations, in which d depends on W.
-                attached = _attached(weight, divisor, slope, u, v, view)
-                into = _gradients(grad, weight, attached, slope, u, v, view)
-                if ctx.number is not None:  # no tensor, so no gradient
-                    into = (into[0], None)
-            elif ctx.number is not None:
-                into = (_gradient_by_numbers(grad, weight, divisor, slope, u, v, view), None)
+                into = _gradients(grad, weight, gain, _attached(weight, by), by)
+            elif isinstance(by.divisor, Tensor):
+                into = _gradients(grad, weight, gain, by.divisor, by)
             else:
-                into = _gradients(grad, weight, divisor, slope, u, v, view)
-        return (*into, None, None, None, None)
+                into = _gradients_by_numbers(grad, weight, gain, by.divisor, by)
+        return (*into, None)
 
 
-def _gradient_by_numbers(
-    grad: Tensor, weight: Tensor, divisor: float, slope: float, u: Tensor, v: Tensor, view: View
-) -> Tensor:
+def _gradients_by_numbers(
+    grad: Tensor, weight: Tensor, gain: Tensor | None, divisor: float, by: Division
+) -> tuple[Tensor, Tensor | None]:
     """`_gradients` for one matrix on a CPU, with nothing made but the gradient."""
-    g = view.to_matrix(grad, like=weight)
-    along = torch.dot(g.reshape(-1), view.to_matrix(weight).reshape(-1))
-    # Not `float(along)`: a batch of gradients (is_grads_batched) has one for each.
-    u = u.view(-1) * (along / divisor)
-    combined = torch.addr(g, u, v.view(-1), beta=1.0 / divisor, alpha=-slope / divisor)
-    return view.from_matrices(combined, like=weight)
+    g = by.view.to_matrix(grad, like=weight)
+    along = torch.dot(g.reshape(-1), by.view.to_matrix(weight).reshape(-1)) / divisor
+    scale = (1.0 if gain is None else float(gain)) / divisor
+    # `along` stays a tensor: a batch of gradients (is_grads_batched) has one for each.
+    rate = -float(by.slope) * scale
+    combined = torch.addr(g, by.u.view(-1) * along, by.v.view(-1), beta=scale, alpha=rate)
+    into_gain = None if gain is None else along.view(1).to(gain.dtype)
+    return by.view.from_matrices(combined, like=weight), into_gain
 
 
 def _gradients(
-    grad: Tensor, weight: Tensor, divisor: Tensor, slope: float, u: Tensor, v: Tensor, view: View
-) -> tuple[Tensor, Tensor]:
-    """G / d − slope · ⟨G, W⟩ / d² · u vᴴ for the weight, and −⟨G, W⟩ / d² for d."""
-    blocks, rows, columns = view.matrices
-    u, v = u.reshape(blocks, rows, 1), v.reshape(blocks, 1, columns).conj()
-    g = view.to_matrices(grad, like=weight).to(u.dtype)
-    w = view.to_matrices(weight).to(u.dtype)
+    grad: Tensor, weight: Tensor, gain: Tensor | None, divisor: Tensor, by: Division
+) -> tuple[Tensor, Tensor | None]:
+    """γ/d (G − slope · ⟨G, W⟩/d · u vᴴ) for the weight, and ⟨G, W⟩/d for γ."""
+    blocks, rows, columns = by.view.matrices
+    u, v = by.u.reshape(blocks, rows, 1), by.v.reshape(blocks, 1, columns).conj()
+    g = by.view.to_matrices(grad, like=weight).to(u.dtype)
     d = _nonzero(divisor)
-    into_divisor = -_inner(g, w) / d / d  # not / d², which underflows first
-    outer = slope * into_divisor[:, None, None] * u
-    combined = g / d[:, None, None]
+    along = _inner(g, by.view.to_matrices(weight).to(u.dtype)) / d
+    scale = 1.0 / d if gain is None else gain.to(d.dtype) / d
+    combined = g / d[:, None, None] if gain is None else g * scale[:, None, None]
+    # Not slope · ⟨G, W⟩ / d², which underflows first.
+    outer = -(by.slope * along * scale)[:, None, None] * u
     if torch.is_grad_enabled():
         combined = combined + outer * v
     else:
         combined.baddbmm_(outer, v)
-    return view.from_matrices(combined, like=weight).to(weight.dtype), into_divisor
+    into_gain = None if gain is None else along.to(gain.dtype)
+    return by.view.from_matrices(combined, like=weight).to(weight.dtype), into_gain
 
 
 def _transformed() -> bool:
@@ -145,12 +152,15 @@ def _transformed() -> bool:
     return transforms or forward_ad._current_level >= 0
 
 
-def _divided(weight: Tensor, divisor: Tensor, view: View) -> Tensor:
+def _divided(weight: Tensor, divisor: Tensor, gain: Tensor | None, view: View) -> Tensor:
     d = _nonzero(divisor)
     if d.shape[0] == 1:
-        out = weight / d
+        out = weight / d if gain is None else weight * (gain / d)
     else:
-        out = view.from_matrices(view.to_matrices(weight) / d[:, None, None], like=weight)
+        matrices = view.to_matrices(weight)
+        d = d[:, None, None]
+        out = matrices / d if gain is None else matrices * (gain[:, None, None] / d)
+        out = view.from_matrices(out, like=weight)
     return out.to(weight.dtype)
 
 
@@ -168,12 +178,10 @@ def _inner(g: Tensor, w: Tensor) -> Tensor:
     return inner
 
 
-def _attached(
-    weight: Tensor, divisor: Tensor | float, slope: float, u: Tensor, v: Tensor, view: View
-) -> Tensor:
+def _attached(weight: Tensor, by: Division) -> Tensor:
     """The divisor, unchanged in value, made to depend on the weight with the given slope."""
-    blocks, rows, columns = view.matrices
-    product = view.to_matrices(weight).to(u.dtype) @ v.reshape(blocks, columns, 1)
-    sigma: Tensor = (u.reshape(blocks, rows).conj() * product.squeeze(-1)).sum(-1).real
-    attached: Tensor = divisor + slope * (sigma - sigma.detach())
+    blocks, rows, columns = by.view.matrices
+    product = by.view.to_matrices(weight).to(by.u.dtype) @ by.v.reshape(blocks, columns, 1)
+    sigma: Tensor = (by.u.reshape(blocks, rows).conj() * product.squeeze(-1)).sum(-1).real
+    attached: Tensor = by.divisor + by.slope * (sigma - sigma.detach())
     return attached

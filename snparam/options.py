@@ -35,7 +35,14 @@ _OPTIONS_DOC = """\
         forward. `"step"`: once after each optimizer step, for all layers together, by
         `update_after_step(optimizer, model)` or `update(model)`; forwards are then pure, without a
         matrix product, so that gradient accumulation, D(real) + D(fake) and checkpointing cost
-        nothing more and agree exactly."""
+        nothing more and agree exactly.
+    coeff: c, the norm to hold instead of 1: c · W / σ. Default 1.0.
+    soft: whether c is a bound only: W / max(1, σ / c), which leaves weights with σ ≤ c untouched,
+        to the bit (SNGP, Liu et al. 2020). Default False.
+    gain: γ · W / σ, one γ for each matrix, that starts at σ of the weight, so that the module
+        computes what it computed before. `"learned"`: γ is a Parameter (σReparam, Zhai et al.
+        2023), to be given to the optimizer (see `parameter_groups`). `"fixed"`: a buffer. None
+        (the default): no γ; the norm is 1 and the function another. A zero matrix has γ = 1."""
 
 
 class Options(TypedDict, total=False):
@@ -48,6 +55,9 @@ class Options(TypedDict, total=False):
     init: Literal["converged", "random"]
     eps: float
     update: Literal["forward", "step"]
+    coeff: float
+    soft: bool
+    gain: Literal["learned", "fixed"] | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,9 @@ class Settings:
     init: Literal["converged", "random"] = "converged"
     eps: float = 0.0
     update: Literal["forward", "step"] = "forward"
+    coeff: float = 1.0
+    soft: bool = False
+    gain: Literal["learned", "fixed"] | None = None
 
     def __post_init__(self) -> None:
         """Check every value; the error names the option, the value and what is possible."""
@@ -75,6 +88,21 @@ class Settings:
             raise TypeError(f"eps={self.eps!r}: expected a number, not {type(self.eps).__name__}")
         if not 0 <= self.eps < math.inf:
             raise ValueError(f"eps={self.eps!r}: expected a finite number of at least 0")
+        self._check_constraint()
+
+    def _check_constraint(self) -> None:
+        if isinstance(self.coeff, bool) or not isinstance(self.coeff, int | float):
+            raise TypeError(f"coeff={self.coeff!r}: expected a number")
+        if not 0 < self.coeff < math.inf:
+            raise ValueError(f"coeff={self.coeff!r}: expected a finite number above 0")
+        if not isinstance(self.soft, bool):
+            raise TypeError(f"soft={self.soft!r}: expected True or False")
+        if self.gain not in (None, "learned", "fixed"):
+            raise ValueError(f"gain={self.gain!r}: expected 'learned', 'fixed' or None")
+        if self.gain is not None and (self.soft or self.coeff != 1):
+            raise ValueError(
+                f"gain={self.gain!r} sets the norm, and so do coeff and soft; pass one or the other"
+            )
 
 
 def settings_from(num_svs: int, num_itrs: int, options: Mapping[str, Any]) -> Settings:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import linalg
-from .division import divide, reads_numbers, without_autocast
+from .constraint import Constraint
+from .division import Division, divide, reads_numbers, without_autocast
 from .forwards import Forwards, Reading
 from .options import Settings
 from .recomputation import in_backward, keep, kept
@@ -32,6 +33,7 @@ class SpectralNorm(nn.Module):
         v: buffer, (b, k, n), with `update="step"` only, not saved: the right singular vectors.
         sv: buffer, (b, k): estimates of the singular values. For looking at; no arithmetic
             of a forward uses it.
+        gain: γ, (b,), with `gain="learned"` (a Parameter) or `"fixed"` (a buffer) only.
         view: how the weight is read as a stack of matrices (b, m, n).
         settings: the options it was registered with.
         forwards: the running forwards that may read the weight.
@@ -46,6 +48,7 @@ class SpectralNorm(nn.Module):
     u: Tensor
     v: Tensor
     sv: Tensor
+    gain: Tensor
 
     def __init__(self, view: View, settings: Settings, found: Estimate, name: str) -> None:
         """Take over a state; use `register_sn` or `convert_model` to make one.
@@ -65,6 +68,11 @@ class SpectralNorm(nn.Module):
         if settings.update == "step":
             # What training forwards use; not saved, because it follows from u and the weight.
             self.register_buffer("v", found.v, persistent=False)
+        if settings.gain == "learned":
+            self.gain = nn.Parameter(found.sv[:, 0].clone())
+        elif settings.gain == "fixed":
+            self.register_buffer("gain", found.sv[:, 0].clone())
+        self.constraint = Constraint(settings.coeff, settings.soft)
         self._warned = False
         self._single = found.u.shape[:2] == (1, 1) and settings.eps == 0
         self._reset()
@@ -141,6 +149,21 @@ class SpectralNorm(nn.Module):
         if self.settings.update == "step":
             self.store(self._step_from_u(weight), weight)
 
+    @torch.no_grad()
+    def start_gain(self, weight: Tensor) -> None:
+        """Set γ to σ as the next forward will find it, so that γ W / σ is W; to 1 where σ is 0."""
+        if self.settings.gain is not None:
+            sigma = self.estimate(weight)
+            sigma = torch.where(sigma == 0, 1.0, sigma)
+            # Of the weight's dtype, as wrappers that flatten parameters ask for.
+            self.gain.data = sigma.to(linalg.real_dtype(weight.dtype))
+            self.gain.requires_grad_(isinstance(self.gain, nn.Parameter) and weight.requires_grad)
+
+    @torch.no_grad()
+    def estimate(self, weight: Tensor) -> Tensor:
+        """The σ (b,) that a forward in eval mode divides by; nothing is stored."""
+        return self._step_from_u(weight).sv[:, 0]
+
     def _step_from_u(self, weight: Tensor) -> Estimate:
         matrices = stack_of(weight.detach(), self.view)
         return Estimate(*linalg.power_step(matrices, self.u.to(matrices.dtype), self.settings.eps))
@@ -183,7 +206,7 @@ class SpectralNorm(nn.Module):
         with without_autocast(weight):
             if self.settings.update == "step" and self.training:
                 u, v, sigma = self._current_step(weight)
-                return divide(weight, sigma, 1.0, u, v, self.view)
+                return self._divide(weight, u, v, sigma)
             repeated = reading.v
             moves = False
             if repeated is None and self.training and not self._frozen:
@@ -193,7 +216,12 @@ class SpectralNorm(nn.Module):
             # Detached, so that nothing is recorded: u and v are constants to autograd.
             step = self._vector_step if self._by_numbers(weight) else self._stack_step
             u, v, reading.v, sigma = step(weight.detach(), moves, repeated)
-            return divide(weight, sigma, 1.0, u, v, self.view)
+            return self._divide(weight, u, v, sigma)
+
+    def _divide(self, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
+        divisor, slope = self.constraint.divisor(sigma)
+        gain = None if self.settings.gain is None else self.gain
+        return divide(weight, Division(divisor, slope, u, v, self.view), gain)
 
     def _by_numbers(self, weight: Tensor) -> bool:
         return self._single and weight.dtype in _VECTOR_DTYPES and reads_numbers(weight)

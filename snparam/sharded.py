@@ -169,13 +169,19 @@ class _Tile:
 
 
 def divide_sharded(
-    weight: DTensor, divisor: Tensor, slope: float, u: Tensor, v: Tensor, view: View
+    weight: DTensor,
+    gain: Tensor | None,
+    divisor: Tensor,
+    slope: Tensor | float,
+    u: Tensor,
+    v: Tensor,
+    view: View,
 ) -> DTensor:
     """`division.divide` for a DTensor: shard by shard, placed as the weight is.
 
     Backward communicates one number for each block. Differentiable once.
     """
-    out: DTensor = _DivideSharded.apply(weight, divisor, slope, u, v, view)  # type: ignore[no-untyped-call]
+    out: DTensor = _DivideSharded.apply(weight, gain, divisor, slope, u, v, view)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -184,23 +190,25 @@ class _DivideSharded(torch.autograd.Function):
     def forward(
         ctx: Any,
         weight: DTensor,
+        gain: Tensor | None,
         divisor: Tensor,
-        slope: float,
+        slope: Tensor | float,
         u: Tensor,
         v: Tensor,
         view: View,
     ) -> DTensor:
         divisor = torch.where(divisor == 0, 1.0, divisor)
-        ctx.save_for_backward(weight, divisor, u, v)
+        scale = 1.0 / divisor if gain is None else gain / divisor
+        ctx.save_for_backward(weight, gain, divisor, u, v)
         ctx.slope, ctx.tile = slope, _Tile(weight, view)
         local = weight.to_local()
-        piece = ctx.tile.to_piece(local) / ctx.tile.per_row(divisor)
+        piece = ctx.tile.to_piece(local) * ctx.tile.per_row(scale)
         return _like(weight, ctx.tile.from_piece(piece, local).to(local.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
-        weight, divisor, u, v = ctx.saved_tensors
+        weight, gain, divisor, u, v = ctx.saved_tensors
         tile = ctx.tile
         if tuple(grad.placements) != tuple(weight.placements):
             grad = grad.redistribute(weight.device_mesh, weight.placements)
@@ -210,13 +218,15 @@ class _DivideSharded(torch.autograd.Function):
         inner = divisor.new_zeros(divisor.shape)
         for block, part in tile.segments():
             inner[block] = torch.vdot(g[part].reshape(-1), w[part].reshape(-1)).real
-        rate = tile.reduce(inner) * ctx.slope / divisor / divisor
-        here = u.reshape(-1)[tile.rows, None] * tile.per_row(rate)
-        out = g / tile.per_row(divisor)
+        along = tile.reduce(inner) / divisor
+        scale = 1.0 / divisor if gain is None else gain / divisor
+        here = u.reshape(-1)[tile.rows, None] * tile.per_row(ctx.slope * along * scale)
+        out = g * tile.per_row(scale)
         for block, part in tile.segments():
             out[part].addmm_(here[part], v[block, None, tile.columns].conj(), alpha=-1.0)
         into = _like(weight, tile.from_piece(out, local).to(local.dtype))
-        return into, None, None, None, None, None
+        into_gain = None if gain is None else along.to(gain.dtype)
+        return into, into_gain, None, None, None, None, None
 
 
 def _like(weight: DTensor, local: Tensor) -> DTensor:

@@ -59,7 +59,9 @@ class VerificationRow:
         matrices: (b, m, n), how it is read.
         estimate: σ̂ of the original, as eval mode estimates it.
         exact: σ, in float64, of the weight that eval mode uses.
-        drift: |exact − 1|; 0 for a zero matrix, which stays zero.
+        intended: what it is to be: 1 or, by the constraint, c, min(σ, c) or |γ|; 0 for a zero
+            matrix, which stays zero.
+        drift: |exact / intended − 1|.
     """
 
     name: str
@@ -67,6 +69,7 @@ class VerificationRow:
     matrices: tuple[int, int, int]
     estimate: float
     exact: float
+    intended: float
     drift: float
 
 
@@ -86,25 +89,28 @@ class Verification(list[VerificationRow]):
                 " x ".join(map(str, row.shape)),
                 f"{row.estimate:.6g}",
                 f"{row.exact:.6f}",
+                f"{row.intended:g}",
                 f"{row.drift:.1e}",
             ]
             for row in self
         ]
-        return aligned(["weight", "shape", "estimated σ", "σ in use", "drift"], rows)
+        return aligned(["weight", "shape", "estimated σ", "σ in use", "intended", "drift"], rows)
 
     __repr__ = __str__
 
 
 @torch.no_grad()
 def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
-    """Measure, per weight, how far the norm of the weight in use is from 1.
+    """Measure, per weight, how far the norm of the weight in use is from what it is to be.
+
+    That is 1; with other constraints c, min(σ, c) or |γ|.
 
     The weight in use is the one that eval mode uses, whatever mode the model is in; its norm is
     computed exactly (a full decomposition in float64). No state moves.
 
     Args:
         model: a network with SpectralNorm on some weights.
-        tolerance: largest drift |σ − 1| to accept; None (the default) accepts any.
+        tolerance: largest relative drift to accept; None (the default) accepts any.
 
     Raises:
         RuntimeError: with the rows at fault, if a drift exceeds the tolerance or is NaN.
@@ -118,10 +124,11 @@ def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
         used = stack_of(read_as_eval(module, tensor), norm.view, torch.float64)
         original = stack_of(lists[tensor].original, norm.view, torch.float64)
         exact = _sigma_or_nan(used)
-        # What eval mode divided by, told from the two weights: the ratio of their norms.
-        estimate = _sigma_or_nan(original) / torch.where(exact > 0, exact, 1.0)
-        drift = torch.where(exact > 0, (exact - 1).abs(), 0.0)
-        drift = torch.where(exact.isnan(), torch.inf, drift)
+        gain = None if norm.settings.gain is None else norm.gain
+        intended = norm.constraint.norm_of(_sigma_or_nan(original), gain)
+        estimate = norm.estimate(lists[tensor].original)
+        drift = torch.where(exact == intended, 0.0, (exact / intended - 1).abs())
+        drift = torch.where(drift.isnan(), torch.inf, drift)
         at = int(drift.argmax())
         rows.append(
             VerificationRow(
@@ -130,6 +137,7 @@ def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
                 matrices=norm.view.matrices,
                 estimate=float(estimate[at]),
                 exact=float(exact[at]),
+                intended=float(intended[at]),
                 drift=float(drift[at]),
             )
         )

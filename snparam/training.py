@@ -111,6 +111,37 @@ def update_after_step(optimizer: Optimizer, model: nn.Module) -> RemovableHandle
     return optimizer.register_step_post_hook(after_step)
 
 
+def parameter_groups(model: nn.Module, **for_gains: Any) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer, with the learned gains in one of their own.
+
+        torch.optim.AdamW(snparam.parameter_groups(model, weight_decay=0.0, lr=1e-4))
+
+    An optimizer that was built before the conversion takes the last of them by
+    `optimizer.add_param_group(snparam.parameter_groups(model, weight_decay=0.0)[1])`.
+
+    Args:
+        model: a network converted with `gain="learned"`.
+        for_gains: options of the gains' group. γ is the norm of a weight: weight decay on it
+            shrinks the layer, which is usually not meant.
+
+    Returns:
+        Two groups: all other parameters, and the gains.
+
+    Raises:
+        ValueError: if the model has no learned gain.
+    """
+    gains = {
+        id(norm.gain): norm.gain for _, norm in norms_in(model) if norm.settings.gain == "learned"
+    }
+    if not gains:
+        raise ValueError(
+            f"{type(model).__name__} has no learned gain; "
+            "convert_model(model, gain='learned') first"
+        )
+    others = [parameter for parameter in model.parameters() if id(parameter) not in gains]
+    return [{"params": others}, {"params": list(gains.values()), **for_gains}]
+
+
 def _stepwise(model: nn.Module) -> list[tuple[SpectralNorm, Tensor]]:
     """The different states with `update="step"`, and the Parameter behind each."""
     found = {}
