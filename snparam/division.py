@@ -58,6 +58,11 @@ def divide(weight: Tensor, by: Division, gain: Tensor | None = None) -> Tensor:
         return divide_sharded(weight, gain, *by)  # type: ignore[arg-type]
     if _transformed():
         return _divided(weight, _attached(weight, by), gain, by.view)
+    return divide_eagerly(weight, by, gain)
+
+
+def divide_eagerly(weight: Tensor, by: Division, gain: Tensor | None = None) -> Tensor:
+    """`divide` for a weight that is neither sharded nor traced."""
     out: Tensor = _Divide.apply(weight, gain, by)  # type: ignore[no-untyped-call]
     return out
 
@@ -84,42 +89,51 @@ class _Divide(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: Tensor | None, by: Division) -> Tensor:
-        ctx.number = None
         ctx.slope, ctx.view = by.slope, by.view
-        divisor = by.divisor
-        if isinstance(divisor, Tensor):
-            ctx.save_for_backward(weight, gain, by.u, by.v, divisor)
-            return _divided(weight, divisor, gain, by.view)
-        ctx.number = divisor = divisor or 1.0
-        ctx.save_for_backward(weight, gain, by.u, by.v)
+        if isinstance(by.divisor, Tensor):
+            ctx.by_numbers = None
+            ctx.save_for_backward(weight, gain, by.u, by.v, by.divisor)
+            return _divided(weight, by.divisor, gain, by.view)
+        # Vectors are not worth the detour over saved tensors.
+        ctx.by_numbers = by
+        ctx.save_for_backward(weight, gain)
+        divisor = by.divisor or 1.0
         return torch.div(weight, divisor) if gain is None else weight * (float(gain) / divisor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, gain, u, v, *rest = ctx.saved_tensors
-        by = Division(ctx.number or rest[0], ctx.slope, u, v, ctx.view)
+        weight, gain, *rest = ctx.saved_tensors
+        if rest:
+            u, v, divisor = rest
+            by = Division(divisor, ctx.slope, u, v, ctx.view)
+        else:
+            by = ctx.by_numbers
         with without_autocast(grad):
             if torch.is_grad_enabled():
                 # Double backward: differentiable operations, in which d depends on W.
                 into = _gradients(grad, weight, gain, _attached(weight, by), by)
-            elif isinstance(by.divisor, Tensor):
-                into = _gradients(grad, weight, gain, by.divisor, by)
+            elif rest:
+                into = _gradients(grad, weight, gain, divisor, by)
             else:
-                into = _gradients_by_numbers(grad, weight, gain, by.divisor, by)
+                into = _gradients_by_numbers(grad, weight, gain, by)
         return (*into, None)
 
 
 def _gradients_by_numbers(
-    grad: Tensor, weight: Tensor, gain: Tensor | None, divisor: float, by: Division
+    grad: Tensor, weight: Tensor, gain: Tensor | None, by: Division
 ) -> tuple[Tensor, Tensor | None]:
     """`_gradients` for one matrix on a CPU, with nothing made but the gradient."""
     g = by.view.to_matrix(grad, like=weight)
-    along = torch.dot(g.reshape(-1), by.view.to_matrix(weight).reshape(-1)) / divisor
+    inner = torch.dot(g.reshape(-1), by.view.to_matrix(weight).reshape(-1))
+    u, divisor = by.u.view(-1), float(by.divisor) or 1.0
+    try:
+        along = float(inner) / divisor
+    except RuntimeError:  # a batch of gradients (is_grads_batched) has one for each
+        u, along = u * (inner / divisor), 1.0
     scale = (1.0 if gain is None else float(gain)) / divisor
-    # `along` stays a tensor: a batch of gradients (is_grads_batched) has one for each.
-    rate = -float(by.slope) * scale
-    combined = torch.addr(g, by.u.view(-1) * along, by.v.view(-1), beta=scale, alpha=rate)
-    into_gain = None if gain is None else along.view(1).to(gain.dtype)
+    rate = -float(by.slope) * along * scale
+    combined = torch.addr(g, u, by.v.view(-1), beta=scale, alpha=rate)
+    into_gain = None if gain is None else (inner / divisor).view(1).to(gain.dtype)
     return by.view.from_matrices(combined, like=weight), into_gain
 
 

@@ -29,9 +29,14 @@ class Reading:
 
 
 class Forwards:
-    """The running forwards that may read one weight, innermost last, for each thread."""
+    """The running forwards that may read one weight, innermost last, for each thread.
+
+    Attributes:
+        last_v: the right singular vectors that the last moving read has used, or None.
+    """
 
     def __init__(self) -> None:
+        self.last_v: Tensor | None = None
         self._running: dict[int, list[tuple[Reading, bool]]] = {}
         self._shared: Reading | None = None
         self._sharing = 0

@@ -73,9 +73,12 @@ def power_step(
             zero needs no floor here, so that the default 0 keeps every scale right.
 
     Returns:
-        The new u (b, k, m), the v (b, k, n) between, and sv (b, k).
+        The new u (b, k, m), the v (b, k, n) between, and sv (b, k). For a zero matrix u is returned
+        as it came: what a layer that starts at zero learns next is found from there, where a u of
+        zeros, or any other made without reason, might be orthogonal to it up to rounding.
     """
-    return finish_step(matrices, right_vectors(_left(matrices, u), eps), eps)
+    found, v, sv = finish_step(matrices, right_vectors(_left(matrices, u), eps), eps)
+    return torch.where(sv[:, :1, None] > 0, found, u), v, sv
 
 
 def finish_step(
@@ -120,7 +123,8 @@ def vector_step(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float]:
     """
     v = torch.mv(matrix.t(), u)
     _make_unit(v, instead=matrix.shape[1] ** -0.5)
-    return finish_vector_step(matrix, v)
+    found, v, sigma = finish_vector_step(matrix, v)
+    return (found if sigma > 0 else u.clone()), v, sigma
 
 
 def finish_vector_step(matrix: Tensor, v: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -176,12 +180,15 @@ def converged(
     wide = _wide(matrices.dtype)
     us, svs = [], []
     for block in range(matrices.shape[0]):
-        if not isinstance(matrices, Tensor):
-            scale = matrices.largest() or 1.0
-            u, sv = _top_by_lanczos(_Block(matrices, block, scale), k, wide, tolerance)
-        else:
-            scale = _scale(matrices[block])
+        scale = _largest(matrices, block)
+        if scale == 0:
+            # Any vectors are singular vectors; these are orthogonal to nothing that training makes.
+            rows = _quasi_random(k, matrices.shape[1], matrices.device, wide)
+            u, sv = orthonormal_rows(rows.unsqueeze(0))[0], rows.new_zeros(k, dtype=torch.float64)
+        elif isinstance(matrices, Tensor):
             u, sv = _top_of_matrix(matrices[block], scale, k, wide, tolerance)
+        else:
+            u, sv = _top_by_lanczos(_Block(matrices, block, scale), k, wide, tolerance)
         us.append(u)
         svs.append(sv * scale)
     return torch.stack(us), torch.stack(svs)
@@ -209,8 +216,8 @@ def exact_sigma(matrices: Tensor | Stack) -> Tensor:
         return converged(matrices, 1, tolerance=1e-13)[1][:, 0]
     wide = _wide(matrices.dtype)
     sigmas = []
-    for matrix in matrices:
-        scale = _scale(matrix)
+    for block, matrix in enumerate(matrices):
+        scale = _largest(matrices, block) or 1.0
         gram = _gram(matrix, scale, wide)
         top = torch.linalg.eigvalsh(gram)[-1]
         sigmas.append(top.clamp_min(0).sqrt() * scale)
@@ -267,10 +274,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
-def _scale(matrix: Tensor) -> float:
-    """A factor that brings the entries to order one, so that their squares can be summed."""
-    largest = float(matrix.abs().amax())
-    return largest if largest > 0 else 1.0
+def _largest(matrices: Tensor | Stack, block: int) -> float:
+    """The largest magnitude of an entry: divided by it, they can be squared and summed."""
+    if not isinstance(matrices, Tensor):
+        return matrices.largest()
+    return float(matrices[block].abs().amax())
 
 
 def _gram(matrix: Tensor, scale: float, wide: torch.dtype) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import linalg
 from .constraint import Constraint
-from .division import Division, divide, reads_numbers, without_autocast
+from .division import Division, divide, divide_eagerly, reads_numbers, without_autocast
 from .forwards import Forwards, Reading
 from .options import Settings
 from .recomputation import in_backward, keep, kept
@@ -22,7 +22,7 @@ from .watching import watch
 _VECTOR_DTYPES = (torch.float32, torch.float64)
 
 # Attributes that belong to running forwards and running training.
-_TRANSIENT = ("forwards", "_frozen", "_last_v", "_current", "_behind")
+_TRANSIENT = ("forwards", "_frozen", "_current", "_behind")
 
 
 class SpectralNorm(nn.Module):
@@ -81,7 +81,6 @@ class SpectralNorm(nn.Module):
         """What belongs to running forwards, and is neither copied nor saved."""
         self.forwards = Forwards()
         self._frozen = 0
-        self._last_v: Tensor | None = None
         self._current: Estimate | None = None
         self._behind = False
         self.weight_id: int | None = None
@@ -144,7 +143,7 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def derive(self, weight: Tensor) -> None:
         """Bring what follows from u up to date, after u or the weight came from elsewhere."""
-        self._last_v = self._current = None
+        self.forwards.last_v = self._current = None
         self._behind = False
         if self.settings.update == "step":
             self.store(self._step_from_u(weight), weight)
@@ -203,30 +202,29 @@ class SpectralNorm(nn.Module):
 
     def _normalise(self, weight: Tensor, reading: Reading) -> Tensor:
         """W / σ, moving the state if this is the first read of a training forward."""
+        by_numbers = self._single and weight.dtype in _VECTOR_DTYPES and reads_numbers(weight)
+        settings = self.settings
         with without_autocast(weight):
-            if self.settings.update == "step" and self.training:
-                u, v, sigma = self._current_step(weight)
-                return self._divide(weight, u, v, sigma)
-            repeated = reading.v
-            moves = False
-            if repeated is None and self.training and not self._frozen:
-                moves = not in_backward()
-                if not moves:
-                    repeated = kept(self, self._last_v)
-            # Detached, so that nothing is recorded: u and v are constants to autograd.
-            step = self._vector_step if self._by_numbers(weight) else self._stack_step
-            u, v, reading.v, sigma = step(weight.detach(), moves, repeated)
-            return self._divide(weight, u, v, sigma)
+            if settings.update == "step" and self.training:
+                u, v, sigma = self._current_step(weight, by_numbers)
+            else:
+                repeated = reading.v
+                moves = False
+                if repeated is None and self.training and not self._frozen:
+                    moves = not in_backward()
+                    if not moves:
+                        repeated = kept(self, self.forwards.last_v)
+                # Detached, so that nothing is recorded: u and v are constants to autograd.
+                step = self._vector_step if by_numbers else self._stack_step
+                u, v, reading.v, sigma = step(weight.detach(), moves, repeated)
+            divisor, slope = self.constraint.divisor(sigma)
+            by = Division(divisor, slope, u, v, self.view)
+            gain = None if settings.gain is None else self.gain
+            return (divide_eagerly if by_numbers else divide)(weight, by, gain)
 
-    def _divide(self, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
-        divisor, slope = self.constraint.divisor(sigma)
-        gain = None if self.settings.gain is None else self.gain
-        return divide(weight, Division(divisor, slope, u, v, self.view), gain)
-
-    def _by_numbers(self, weight: Tensor) -> bool:
-        return self._single and weight.dtype in _VECTOR_DTYPES and reads_numbers(weight)
-
-    def _current_step(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+    def _current_step(
+        self, weight: Tensor, by_numbers: bool
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
         """u (b, m), v (b, n) and σ of the last update, without a product."""
         if torch.compiler.is_compiling():
             # A compiled graph takes the buffers as its inputs, in place, whatever they hold.
@@ -238,7 +236,7 @@ class SpectralNorm(nn.Module):
         if current is None or current.u.device != weight.device:  # new, copied, loaded or moved
             current = Estimate(*(x.to(compute_dtype(x.dtype), copy=True) for x in self._stored()))
             self._current = None if current.u.is_inference() else current
-        sigma = float(current.sv[0, 0]) if self._by_numbers(weight) else current.sv[:, 0]
+        sigma = float(current.sv[0, 0]) if by_numbers else current.sv[:, 0]
         return current.u[:, 0], current.v[:, 0], sigma
 
     def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,13 +250,15 @@ class SpectralNorm(nn.Module):
         if repeated is not None:
             u, v, sigma = linalg.finish_vector_step(matrix, repeated.view(-1))
             return u, v, v, sigma
-        stored = self.u.view(-1)
+        # Straight from the dict, past a lookup that takes as long as a small product.
+        buffers = self._buffers
+        stored, sv = cast(Tensor, buffers["u"]).view(-1), cast(Tensor, buffers["sv"])
         u, v, sigma = linalg.vector_step(matrix, stored.to(weight.dtype))
         if moves:
             for _ in range(self.settings.num_itrs - 1):
                 u, v, sigma = linalg.vector_step(matrix, u)
             stored.copy_(u)
-            self.sv.fill_(sigma)
+            sv.fill_(sigma)
             self._keep(v)
         return u, v, v, sigma
 
@@ -288,7 +288,7 @@ class SpectralNorm(nn.Module):
     def _keep(self, v: Tensor) -> None:
         """Keep what a recomputation of this forward, in a backward pass, has to start from."""
         if not torch.compiler.is_compiling() and not v.is_inference():
-            self._last_v = v
+            self.forwards.last_v = v
             keep(self, v)
 
     def extra_repr(self) -> str:

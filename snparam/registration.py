@@ -137,11 +137,39 @@ def attach(weight: Weight, norm: SpectralNorm) -> None:
     lists[name].unsafe = False
     lists[name]._snparam_order = order
     lists[name].register_load_state_dict_post_hook(_derive_after_load)
+    _read_directly(owner, name)
     row = layer_type(owner)
     if row is not None:
         for attribute, value in row.overrides.items():
             setattr(type(owner), attribute, value)
     open_scope(owner)
+
+
+def _read_directly(owner: nn.Module, name: str) -> None:
+    """Let reading the weight call SpectralNorm itself, where nothing else is to be called.
+
+    Through the lists of torch's parametrizations it takes as long as a small layer's whole step.
+    """
+    through_lists: Any = vars(type(owner))[name]
+
+    def read(module: nn.Module) -> Tensor:
+        lists: Any = module._modules["parametrizations"]
+        parametrizations = lists._modules[name]
+        norm = parametrizations._modules["0"]
+        original = parametrizations._parameters.get("original")
+        hooked = norm._forward_hooks or norm._forward_pre_hooks
+        if (
+            original is None
+            or hooked
+            or len(parametrizations._modules) > 1
+            or parametrize._cache_enabled
+        ):
+            value: Tensor = through_lists.fget(module)
+            return value
+        found: Tensor = norm.forward(original)
+        return found
+
+    setattr(type(owner), name, property(read, through_lists.fset))
 
 
 def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:

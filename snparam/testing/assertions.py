@@ -64,11 +64,13 @@ def assert_spectral_norm(
     bound = at_most * (1 + rtol)
     checked, faults = 0, []
     for site in normalised or sites:
-        matrices = _in_use(site, blocks)
-        if matrices is None:
+        used = _in_use(site, blocks)
+        if used is None:
             continue
         checked += 1
-        faults += _above(matrices, bound, f"{site.weight_name} {_kind(site)} {site.shape}")
+        weight, matrices = used
+        what = f"{site.weight_name} {_kind(site)} {tuple(weight.shape)}"
+        faults += _above(matrices, bound, what)
     if not checked:
         raise AssertionError(f"{type(model).__name__} has no weight whose spectral norm to check")
     if faults:
@@ -158,17 +160,18 @@ def assert_same_function(
 # Spectral norms
 
 
-def _in_use(site: Site, blocks: int | Literal["auto"] | None) -> Tensor | None:
-    """The weight that eval mode uses, as matrices; None where it has none to check."""
+def _in_use(site: Site, blocks: int | Literal["auto"] | None) -> tuple[Tensor, Tensor] | None:
+    """The weight that eval mode uses, and its matrices; None where there is nothing to check."""
     owner, name, candidate = site.owner, site.tensor, site.candidate
     norm = norm_on(owner, name)
     if norm is not None:
-        return norm.view.to_matrices(read_as_eval(owner, name))
+        weight = read_as_eval(owner, name)
+        return weight, norm.view.to_matrices(weight)
     if candidate is None:
         return None
     if parametrize.is_parametrized(owner, name):
         with _evaluating(owner.parametrizations[name]):  # type: ignore[index]
-            weight: Tensor = getattr(owner, name)
+            weight = getattr(owner, name)
     elif candidate.problem is not None:
         return None
     else:
@@ -176,9 +179,9 @@ def _in_use(site: Site, blocks: int | Literal["auto"] | None) -> Tensor | None:
     layout = candidate.weight.layout
     count = layout.natural if blocks == "auto" else blocks or 1
     try:
-        return layout.view(weight.shape, count).to_matrices(weight)
+        return weight, layout.view(weight.shape, count).to_matrices(weight)
     except ValueError as error:
-        raise ValueError(f"{site.weight_name} {site.shape}: {error}") from None
+        raise ValueError(f"{site.weight_name} {tuple(weight.shape)}: {error}") from None
 
 
 def _above(matrices: Tensor, bound: float, what: str) -> list[str]:
