@@ -146,7 +146,10 @@ class SpectralNorm(nn.Module):
         self.forwards.last_v = self._current = None
         self._behind = False
         if self.settings.update == "step":
-            self.store(self._step_from_u(weight), weight)
+            # u stays what it is, so that a state that was loaded is the state that is saved.
+            found = self._step_from_u(weight)
+            self.v.copy_(found.v)
+            self.sv.copy_(found.sv)
 
     @torch.no_grad()
     def start_gain(self, weight: Tensor) -> None:
