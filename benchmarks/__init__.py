@@ -1,0 +1,1 @@
+"""What normalisation costs, against its peers: `python -m benchmarks`."""
