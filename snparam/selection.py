@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
@@ -131,7 +131,9 @@ def _no_match(option: str, selector: Selector, modules: dict[str, nn.Module]) ->
 def _as_tuple(option: str, selectors: Selectors) -> tuple[Selector, ...]:
     if selectors is None:
         return ()
-    given = (selectors,) if isinstance(selectors, str | type) else tuple(selectors)
+    given: tuple[Any, ...] = (selectors,)
+    if isinstance(selectors, Iterable) and not isinstance(selectors, str | type):
+        given = tuple(selectors)
     for selector in given:
         is_type = isinstance(selector, type) and issubclass(selector, nn.Module)
         if not isinstance(selector, str) and not is_type:
