@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import snparam
+from snparam import linalg
 
 from . import memory, models, peers
 from .timing import interleaved
@@ -97,17 +98,26 @@ def single_layers(setup: Setup) -> Iterator[Row]:
 
 
 def many_values(setup: Setup) -> Iterator[Row]:
-    """Several singular values, against the sequential iteration."""
+    """One iteration with several singular values, against the sequential one."""
     shapes = [(512, 4608), (2048, 512), (4096, 1024)]
     for shape in [(12, 20)] if setup.quick else shapes:
         for count in (4, 8, 16):
             if count > min(shape):
                 continue
             source = models.layer(shape).to(setup.device)
-            grad = torch.randn(shape, device=setup.device)
-            block, vectors = peers.ours(count)(source), peers.sequential(count)(source)
-            check_same_numbers(block, vectors)
-            runs = {OURS: _reader(block, grad), "sequential": _reader(vectors, grad)}
+            check_same_numbers(peers.ours(count)(source), peers.sequential(count)(source))
+            matrix = source.weight.detach()
+            start = torch.randn(count, shape[0], device=setup.device)
+
+            def vectors(matrix: torch.Tensor = matrix, start: torch.Tensor = start) -> None:
+                us, vs = peers.Sequential.step(matrix, list(start))
+                for u, v in zip(us, vs, strict=True):
+                    u @ matrix @ v  # the singular values, as that layer computes them
+
+            def block(matrix: torch.Tensor = matrix, start: torch.Tensor = start) -> None:
+                linalg.power_step(matrix[None], start[None])
+
+            runs = {OURS: block, "sequential": vectors}
             times = interleaved(runs, setup.rounds, setup.device)
             ratio = times.ratio(lambda t: t["sequential"], lambda t: t[OURS])
             reach = 5.0 if count == 8 else 1.0
