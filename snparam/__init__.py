@@ -1,5 +1,6 @@
 """snparam: hold the spectral norm of a PyTorch network's weights."""
 
+from .checkpoints import plain_state_dict, state_dict_for
 from .conversion import convert_model, plan_conversion, restore_model
 from .parametrization import SpectralNorm
 from .plan import ConversionPlan
@@ -16,11 +17,13 @@ __all__ = [
     "convert_model",
     "frozen",
     "parameter_groups",
+    "plain_state_dict",
     "plan_conversion",
     "register_sn",
     "remove_sn",
     "restore_model",
     "singular_values",
+    "state_dict_for",
     "update",
     "update_after_step",
     "verify",

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import linalg
+from .completion import completed
 from .layers import Weight
 from .options import Settings
 from .parametrization import Estimate, SpectralNorm, compute_dtype, is_finite, stack_of
 from .scopes import norm_on
+from .takeover import Spectral, kind_on, spectral_on
 from .views import View
 
 _DTYPES = (
@@ -44,6 +46,7 @@ class Candidate:
         label: what to call it in errors.
         view: how it is read, or None where it cannot be.
         problem: what stands against registering it, without looking at its values, or None.
+        spectral: torch's spectral norm on it, to be taken over, or None.
     """
 
     weight: Weight
@@ -51,11 +54,16 @@ class Candidate:
     label: str
     view: View | None
     problem: Problem | None
+    spectral: Spectral | None = None
 
     @classmethod
-    def of(cls, weight: Weight, settings: Settings, label: str) -> Candidate:
-        """Look at a tensor's type, shape and dtype, not yet at its values."""
-        problem = _obstacle(weight)
+    def of(cls, weight: Weight, settings: Settings, label: str, replace: bool = False) -> Candidate:
+        """Look at a tensor's type, shape and dtype, not yet at its values.
+
+        With `replace`, torch's spectral norm on it is no obstacle.
+        """
+        spectral = spectral_on(weight.owner, weight.tensor_name)
+        problem = _under_spectral(spectral) if spectral and not replace else _obstacle(weight)
         view = None
         if problem is None:
             blocks = weight.layout.natural if settings.blocks == "auto" else settings.blocks or 1
@@ -63,7 +71,7 @@ class Candidate:
                 view = weight.layout.view(_tensor(weight).shape, blocks)
             except ValueError as error:
                 problem = Problem(str(error), "choose blocks that divide the rows")
-        return cls(weight, settings, label, view, problem)
+        return cls(weight, settings, label, view, problem, spectral)
 
     @property
     def tensor(self) -> Tensor:
@@ -97,6 +105,8 @@ class Candidate:
     def estimate(self) -> tuple[Tensor, Tensor]:
         """Converged u (b, k, m) and sv (b, k) of the tensor, in the dtypes they are kept in.
 
+        What is taken over keeps its u.
+
         Raises:
             ValueError: if the tensor has NaN or inf.
         """
@@ -107,7 +117,8 @@ class Candidate:
             problem = Problem("it has NaN or inf", "repair or re-initialise it first")
             raise ValueError(self.message(problem))
         count = min(self.settings.num_svs, self.available)
-        u, sv = linalg.converged(stack, count)
+        given = None if self.spectral is None else self.spectral.left_vector(self.view)
+        u, sv = completed(stack, given, None, count)
         dtype = compute_dtype(tensor.dtype)
         return u.to(dtype), sv.to(linalg.real_dtype(dtype))
 
@@ -116,15 +127,22 @@ class Candidate:
 
         With `init="random"` the estimate is only the check that the values are finite.
         """
-        assert self.view is not None
         u, sv = self.estimate() if estimate is None else estimate
-        if self.settings.init == "random":
+        # Outside of inference mode, or training could not update the buffers later.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._make(u.clone(), sv.clone())
+
+    def _make(self, u: Tensor, sv: Tensor) -> SpectralNorm:
+        assert self.view is not None
+        if self.settings.init == "random" and self.spectral is None:
             u = linalg.orthonormal_rows(torch.randn_like(u))
             sv = torch.ones_like(sv)
         v = u.new_zeros(*u.shape[:2], self.view.matrices[2])
         norm = SpectralNorm(self.view, self.settings, Estimate(u, v, sv), self.label)
         norm.derive(self.tensor)
         norm.start_gain(self.tensor)
+        if self.spectral is not None and self.settings.gain is not None:
+            norm.gain.data.fill_(1)  # for the norm that the weight in use has had so far
         return norm
 
 
@@ -133,13 +151,17 @@ def is_lazy(tensor: Tensor) -> bool:
     return nn.parameter.is_lazy(tensor)
 
 
+def _under_spectral(spectral: Spectral) -> Problem:
+    kind = "torch's deprecated spectral_norm" if spectral.hook else "torch's spectral_norm"
+    return Problem(f"it is under {kind} already", "convert_model with replace=True takes that over")
+
+
 def _obstacle(weight: Weight) -> Problem | None:
     name = weight.tensor_name
-    if parametrize.is_parametrized(weight.owner, name):
+    if parametrize.is_parametrized(weight.owner, name) and not spectral_on(weight.owner, name):
         if norm_on(weight.owner, name):
             return Problem("it is registered already", "remove_sn first to change its options")
-        others = weight.owner.parametrizations[name]  # type: ignore[index]
-        kinds = ", ".join(type(other).__name__ for other in others)
+        kinds = kind_on(weight.owner, name)
         return Problem(f"it is parametrized already, by {kinds}", "remove that parametrization")
     tensor = _find(weight)
     if tensor is None:
@@ -177,8 +199,11 @@ def _tensor_obstacle(tensor: Tensor) -> Problem | None:
 
 def _find(weight: Weight) -> Tensor | None:
     owner, name = weight.owner, weight.tensor_name
-    tensor = owner._parameters.get(name)
-    return owner._buffers.get(name) if tensor is None else tensor
+    tensor: Tensor | None = owner._parameters.get(name)
+    tensor = owner._buffers.get(name) if tensor is None else tensor
+    if tensor is None and (spectral := spectral_on(owner, name)) is not None:
+        return spectral.original
+    return tensor
 
 
 def _tensor(weight: Weight) -> Tensor:

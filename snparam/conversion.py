@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -27,8 +27,10 @@ from .plan import (
     sites_of,
 )
 from .registration import attach_all, check_alone, detach, read_as_eval
+from .saving import save_as_before, save_plain
 from .scopes import close_scope, norm_on, norms_of, open_scope
 from .selection import Filter, Selection, Selectors
+from .takeover import take_off
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
@@ -42,6 +44,7 @@ def plan_conversion(
     include: Selectors = None,
     exclude: Selectors = None,
     filter_fn: Filter | None = None,
+    replace: bool = True,
     progress: bool | None = None,
     **options: Unpack[Options],
 ) -> ConversionPlan:
@@ -57,6 +60,10 @@ def plan_conversion(
             (the default) includes everything.
         exclude: the same, for what is left alone; it wins over `include`.
         filter_fn: `filter_fn(module, qualified_name) -> bool`, True means convert.
+        replace: whether to take over weights that are under torch's own spectral norm
+            (`parametrizations.spectral_norm` or the deprecated hook), with the same Parameter and
+            its u, instead of skipping them. Default True. Weights that are parametrized otherwise
+            are always skipped.
         progress: a progress bar on stderr (tqdm, extra `progress`): None (the default) shows it on
             a terminal once the work has taken two seconds, True always, False never.
     {options}
@@ -71,7 +78,7 @@ def plan_conversion(
     """
     settings = settings_from(num_svs, num_itrs, options)
     selection = Selection.of(include, exclude, filter_fn, model)
-    sites = list(sites_of(model, settings))
+    sites = list(sites_of(model, settings, replace))
     together: dict[int, list[Site]] = {}
     for site in sites:
         together.setdefault(site.key, []).append(site)
@@ -93,6 +100,7 @@ def convert_model(
     include: Selectors = None,
     exclude: Selectors = None,
     filter_fn: Filter | None = None,
+    replace: bool = True,
     progress: bool | None = None,
     **options: Unpack[Options],
 ) -> _ModuleT:
@@ -111,6 +119,10 @@ def convert_model(
             (the default) includes everything.
         exclude: the same, for what is left alone; it wins over `include`.
         filter_fn: `filter_fn(module, qualified_name) -> bool`, True means convert.
+        replace: whether to take over weights that are under torch's own spectral norm
+            (`parametrizations.spectral_norm` or the deprecated hook), with the same Parameter and
+            its u, instead of skipping them. Default True. Weights that are parametrized otherwise
+            are always skipped.
         progress: a progress bar on stderr (tqdm, extra `progress`): None (the default) shows it on
             a terminal once the work has taken two seconds, True always, False never.
     {options}
@@ -134,6 +146,7 @@ def convert_model(
         include=include,
         exclude=exclude,
         filter_fn=filter_fn,
+        replace=replace,
         progress=progress,
         **options,
     )
@@ -143,6 +156,7 @@ def convert_model(
     if not plan.to_convert and not any(row.reason == ALREADY for row in plan):
         warnings.warn(_nothing_converted(model, plan), UserWarning, stacklevel=2)
     _carry_out(plan)
+    save_plain(model, restore_model)
     return model
 
 
@@ -169,6 +183,7 @@ def restore_model(model: _ModuleT, bake: bool = True) -> _ModuleT:
         detach(module, tensor, value)
     for module in model.modules():
         close_scope(module)
+    save_as_before(model)
     return model
 
 
@@ -207,6 +222,8 @@ def _decide(
         return replace(row, reason=obstacle)
     if candidate.settings.num_svs > candidate.available:
         note = [f"tracks {candidate.available} singular values, all it has", *note]
+    if candidate.spectral is not None:
+        note = ["takes over torch's spectral norm", *note]
     return replace(row, decision=CONVERT, reason="; ".join(note))
 
 
@@ -285,10 +302,24 @@ def _carry_out(plan: ConversionPlan) -> None:
         if key not in norms:
             norms[key] = row.shares or candidate.make(row.estimate)
         pairs.append((candidate, norms[key]))
-    attach_all(pairs)
+    _replace_all(pairs)
     for row in rows:
         if row.site.reader is not None:
             open_scope(row.site.reader)
+
+
+def _replace_all(pairs: list[tuple[Candidate, SpectralNorm]]) -> None:
+    """Take off what is taken over and attach each, or, if one fails, leave all as it was."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for candidate, _ in pairs:
+            if candidate.spectral is not None:
+                undo.append(take_off(candidate.spectral))
+        attach_all(pairs)
+    except BaseException:
+        for put_back in reversed(undo):
+            put_back()
+        raise
 
 
 def _nothing_converted(model: nn.Module, plan: ConversionPlan) -> str:

@@ -7,6 +7,7 @@ module around it may read it too (a dtype, usually, or to compute with it itself
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -16,15 +17,16 @@ class Reading:
     """What one forward has read of one weight.
 
     Attributes:
-        values: the normalised weight, by (gradients enabled, inference mode): a tensor made without
-            a graph cannot stand in for one with a graph, nor the reverse.
+        values: the normalised weight, by (gradients enabled, inference mode, what tensors are saved
+            by): a tensor made without a graph cannot stand in for one with a graph, nor the
+            reverse, nor one made outside of a checkpointed region for one made in it.
         v: the right singular vectors that it was normalised with, once known.
     """
 
     __slots__ = ("v", "values")
 
     def __init__(self) -> None:
-        self.values: dict[tuple[bool, bool], Tensor] = {}
+        self.values: dict[Hashable, Tensor] = {}
         self.v: Tensor | None = None
 
 

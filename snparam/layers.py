@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .takeover import hooked
 from .views import Layout
 
 LayoutOf = Layout | Callable[[nn.Module], Layout]
@@ -195,6 +196,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
         for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
             if tensor is not None:
                 yield prefix + name, tensor
+        for name in hooked(owner):
+            yield f"{prefix}{name}", None
         if parametrize.is_parametrized(owner):
             for name in owner.parametrizations:  # type: ignore[union-attr]
                 yield f"{prefix}{name}", None

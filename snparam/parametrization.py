@@ -14,7 +14,7 @@ from .constraint import Constraint
 from .division import Division, divide, divide_eagerly, reads_numbers, without_autocast
 from .forwards import Forwards, Reading
 from .options import Settings
-from .recomputation import in_backward, keep, kept
+from .recomputation import in_backward, keep, kept, saved_by, unseen
 from .sharded import ShardedStack, is_sharded
 from .views import View
 from .watching import watch
@@ -73,6 +73,7 @@ class SpectralNorm(nn.Module):
         elif settings.gain == "fixed":
             self.register_buffer("gain", found.sv[:, 0].clone())
         self.constraint = Constraint(settings.coeff, settings.soft)
+        self._order: tuple[int, ...] | None = None
         self._warned = False
         self._single = found.u.shape[:2] == (1, 1) and settings.eps == 0
         self._reset()
@@ -109,7 +110,7 @@ class SpectralNorm(nn.Module):
         reading = self.forwards.current()
         if reading is None:
             return self._normalise(weight, Reading())
-        mode = (torch.is_grad_enabled(), _in_inference_mode())
+        mode = (torch.is_grad_enabled(), _in_inference_mode(), saved_by())
         if mode not in reading.values:
             reading.values[mode] = self._normalise(weight, reading)
         return reading.values[mode]
@@ -148,6 +149,7 @@ class SpectralNorm(nn.Module):
         if self.settings.update == "step":
             # u stays what it is, so that a state that was loaded is the state that is saved.
             found = self._step_from_u(weight)
+            self._order = self.view.order_for(weight)
             self.v.copy_(found.v)
             self.sv.copy_(found.sv)
 
@@ -179,6 +181,7 @@ class SpectralNorm(nn.Module):
     def store(self, estimate: Estimate, weight: Tensor) -> None:
         """Take over what `update` computed for the weight as it is now."""
         self.weight_id = id(weight)
+        self._order = self.view.order_for(weight)
         for buffer, found in zip(self._stored(), estimate, strict=True):
             buffer.copy_(found)
         self._current = estimate
@@ -207,19 +210,22 @@ class SpectralNorm(nn.Module):
         """W / σ, moving the state if this is the first read of a training forward."""
         by_numbers = self._single and weight.dtype in _VECTOR_DTYPES and reads_numbers(weight)
         settings = self.settings
-        with without_autocast(weight):
+        with without_autocast(weight), unseen():
             if settings.update == "step" and self.training:
                 u, v, sigma = self._current_step(weight, by_numbers)
             else:
                 repeated = reading.v
                 moves = False
-                if repeated is None and self.training and not self._frozen:
+                if repeated is not None:
+                    keep(self, repeated)  # for a region that has begun since the first read
+                elif self.training and not self._frozen:
                     moves = not in_backward()
                     if not moves:
                         repeated = kept(self, self.forwards.last_v)
                 # Detached, so that nothing is recorded: u and v are constants to autograd.
                 step = self._vector_step if by_numbers else self._stack_step
-                u, v, reading.v, sigma = step(weight.detach(), moves, repeated)
+                u, v, found, sigma = step(weight.detach(), moves, repeated)
+                reading.v = found if repeated is None else repeated
             divisor, slope = self.constraint.divisor(sigma)
             by = Division(divisor, slope, u, v, self.view)
             gain = None if settings.gain is None else self.gain
@@ -235,6 +241,8 @@ class SpectralNorm(nn.Module):
         self.weight_id = id(weight)
         if self._behind:
             self._warn_behind()
+        if self.view.order_for(weight) != self._order:  # of v, which lies as the weight did
+            self.derive(weight)
         current = self._current
         if current is None or current.u.device != weight.device:  # new, copied, loaded or moved
             current = Estimate(*(x.to(compute_dtype(x.dtype), copy=True) for x in self._stored()))

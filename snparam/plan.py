@@ -15,6 +15,7 @@ from .options import Settings
 from .parametrization import SpectralNorm
 from .scopes import norms_of
 from .tables import aligned
+from .takeover import hook_behind, hooked, kind_on
 
 CONVERT, SKIP, REFUSE = "convert", "skip", "refuse"
 ALREADY = "already normalised"
@@ -145,8 +146,11 @@ def _sizes(rows: Iterable[PlanRow]) -> dict[int, int]:
     return {row.site.key: prod(row.shape) if row.shape else 0 for row in rows}
 
 
-def sites_of(model: nn.Module, settings: Settings) -> Iterator[Site]:
-    """Every place in a model where a tensor of two or more dimensions is used, in its order."""
+def sites_of(model: nn.Module, settings: Settings, replace: bool = False) -> Iterator[Site]:
+    """Every place in a model where a tensor of two or more dimensions is used, in its order.
+
+    With `replace`, weights under torch's spectral norm are candidates.
+    """
     for path in _paths(model):
         name, module = path[-1]
         prefix = f"{name}." if name else ""
@@ -159,10 +163,11 @@ def sites_of(model: nn.Module, settings: Settings) -> Iterator[Site]:
             shape = () if is_lazy(tensor) else tuple(tensor.shape)
             weight = listed.get(tensor_name)
             if weight is not None:
-                candidate = Candidate.of(weight, settings, f"'{prefix}{tensor_name}'")
+                label = f"'{prefix}{tensor_name}'"
+                candidate = Candidate.of(weight, settings, label, replace)
                 yield Site(path, tensor_name, id(tensor), shape, candidate)
             else:
-                reason = _not_listed(module)
+                reason = _not_listed(module, tensor_name)
                 yield Site(path, tensor_name, id(tensor), shape, None, reason)
 
 
@@ -186,15 +191,21 @@ def _paths(model: nn.Module) -> Iterator[tuple[tuple[str, nn.Module], ...]]:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of a module by name, those that are parametrized included."""
+    """Parameters of a module by name, those that are parametrized included.
+
+    Of several that one tensor is computed from, the largest has the tensor's name.
+    """
+    computed = {f"{name}_orig": name for name in hooked(module)}
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            yield name, parameter
+            yield computed.get(name, name), parameter
     if parametrize.is_parametrized(module):
         for name, parametrizations in module.parametrizations.items():  # type: ignore[union-attr, operator]
-            for original in parametrizations.parameters(recurse=False):
-                yield name, original
-                break
+            originals = dict(parametrizations.named_parameters(recurse=False))
+            largest = max(originals, key=lambda n: originals[n].numel(), default="")
+            for original, parameter in originals.items():
+                inside = f"parametrizations.{name}.{original}"
+                yield (name if original == largest else inside), parameter
 
 
 def carried_norms(model: nn.Module) -> dict[int, SpectralNorm]:
@@ -206,7 +217,12 @@ def carried_norms(model: nn.Module) -> dict[int, SpectralNorm]:
     }
 
 
-def _not_listed(module: nn.Module) -> str:
+def _not_listed(module: nn.Module, tensor_name: str) -> str:
+    hook = hook_behind(module, tensor_name)
+    if hook is not None:
+        return f"under {hook}"
+    if tensor_name.startswith("parametrizations."):
+        return f"a part of {kind_on(module, tensor_name.split('.')[1])}"
     if isinstance(module.__dict__.get("weight"), Tensor) and weights_of(module) == []:
         return "its 'weight' is computed by a hook (weight_norm, or the old spectral_norm)"
     return f"{parametrize.type_before_parametrizations(module).__name__} is not in the layer table"

@@ -4,21 +4,25 @@
 weights of both runs must agree, but the state has moved in between, by several steps if the region
 ran several times before the backward. So each run of a region keeps the singular vectors that it
 used, on the object that checkpointing itself keeps for that run, and the recomputation finds them
-there.
+there. Regions nest: what a region within a region uses is kept on both, for the recomputation of
+the outer one runs the inner one as if for the first time.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
-from typing import Any
-from weakref import ref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _ATTRIBUTE = "_snparam_vectors"
+
+# The modes by which selective checkpointing saves some operations and replays them.
+_SELECTIVE = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
 
 
 class _Vectors:
@@ -26,8 +30,29 @@ class _Vectors:
 
     def __init__(self) -> None:
         self.kept: list[Tensor] = []
-        self.repeat: object = None
+        self.backward = -1
         self.next = 0
+
+    def again(self) -> Tensor:
+        """What the read now being repeated has used."""
+        backward = torch._C._current_graph_task_id()
+        if self.backward != backward:  # a region is recomputed once for each backward pass
+            self.backward, self.next = backward, 0
+        v = self.kept[self.next % len(self.kept)]
+        self.next += 1
+        return v
+
+
+class _Regions(NamedTuple):
+    """The checkpointed runs that are going on.
+
+    Attributes:
+        running: those that run forward, whether for the first time or not.
+        recomputed: the one around them that is being recomputed, or None.
+    """
+
+    running: list[Any]
+    recomputed: Any
 
 
 def in_backward() -> bool:
@@ -35,12 +60,15 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def saved_by() -> object:
+    """What autograd saves tensors by, which is not the same in a checkpointed region as outside."""
+    return None if torch.compiler.is_compiling() else _saving_hook()
+
+
 def keep(state: object, v: Tensor) -> None:
-    """Keep, within a checkpointed region, what a read of a state's weight has used."""
-    region, _ = _region()
-    if region is not None:
-        vectors: dict[int, _Vectors] = region.__dict__.setdefault(_ATTRIBUTE, {})
-        vectors.setdefault(id(state), _Vectors()).kept.append(v)
+    """Keep, within checkpointed regions, what a read of a state's weight has used."""
+    if not torch.compiler.is_compiling():
+        _keep(_regions(), state, v)
 
 
 def kept(state: object, last: Tensor | None) -> Tensor | None:
@@ -49,45 +77,85 @@ def kept(state: object, last: Tensor | None) -> Tensor | None:
     Where that is unknown, because some other mechanism recomputes, it is what was used `last`:
     right for one forward in each backward.
     """
-    region, repeat = _region()
-    vectors: dict[int, _Vectors] = getattr(region, _ATTRIBUTE, {})
-    found = vectors.get(id(state))
-    if found is None:
-        if last is not None:  # a region within a region that is being recomputed
-            keep(state, last)
-        return last
-    if found.repeat is not repeat:  # a region is recomputed once for each backward pass
-        found.repeat, found.next = repeat, 0
-    v = found.kept[found.next % len(found.kept)]
-    found.next += 1
+    regions = _regions()
+    vectors: dict[int, _Vectors] = getattr(regions.recomputed, _ATTRIBUTE, {})
+    v = vectors[id(state)].again() if id(state) in vectors else last
+    if v is not None:
+        _keep(regions, state, v)
     return v
 
 
-def _region() -> tuple[Any, object]:
-    """The checkpointed run that is going on, or being recomputed, and what tells repeats apart."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None:
-        for cell in getattr(inspect.unwrap(hooks[0]), "__closure__", None) or ():
-            content = cell.cell_contents
-            frame = content() if isinstance(content, ref) else content
-            if hasattr(frame, "recompute_fn"):  # not reentrant: the frame that its hooks refer to
-                return frame, hooks[0]
-    if in_backward() or not torch.is_grad_enabled():
-        return _reentrant(), None
-    return None, None
+def unseen() -> AbstractContextManager[object]:
+    """A context in which selective checkpointing neither saves nor replays operations.
 
-
-def _reentrant() -> Any:
-    """The context of the reentrant CheckpointFunction further up the stack, or None.
-
-    Recognised by what it keeps rather than by its class, as other libraries have their own.
+    It replays the i-th product of a region with what the i-th product was at first, and a
+    recomputation of the weight takes fewer of them.
     """
-    frame: FrameType | None = sys._getframe(2)
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        from torch.utils import _python_dispatch as modes
+
+        stack = modes._get_current_dispatch_mode_stack()
+        if any(type(mode).__name__ in _SELECTIVE for mode in stack):
+            return modes._disable_current_modes()
+    return nullcontext()
+
+
+def _keep(regions: _Regions, state: object, v: Tensor) -> None:
+    for region in regions.running:
+        vectors: dict[int, _Vectors] = region.__dict__.setdefault(_ATTRIBUTE, {})
+        known = vectors.setdefault(id(state), _Vectors()).kept
+        if all(v is not other for other in known):  # one forward may compute its weight twice
+            known.append(v)
+
+
+def _regions() -> _Regions:
+    """The checkpointed runs further up the stack, out to the first that is being recomputed."""
+    hook = _saving_hook()
+    running: list[Any] = []
+    if hook is None and torch.is_grad_enabled() and not in_backward():
+        return _Regions(running, None)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        code = frame.f_code
-        if code.co_name in ("forward", "backward") and "ctx" in code.co_varnames:
-            ctx = frame.f_locals.get("ctx")
-            if hasattr(ctx, "run_function"):
-                return ctx
+        region = _region_of(frame)
+        if region is not None:
+            if frame.f_code.co_name in ("backward", "unpack_hook"):
+                return _Regions(running, region)
+            running.append(region)
         frame = frame.f_back
+    region = _of_hook(hook)
+    if region is not None and all(region is not other for other in running):
+        running.append(region)
+    return _Regions(running, None)
+
+
+def _region_of(frame: FrameType) -> Any:
+    """The object of the run that a function of torch.utils.checkpoint has begun or repeats.
+
+    Functions are recognised by their names, and the objects by what they have rather than by their
+    classes, as other libraries have the like of their own.
+    """
+    name, variables = frame.f_code.co_name, frame.f_code.co_varnames
+    if name in ("forward", "backward") and "ctx" in variables:  # of CheckpointFunction, reentrant
+        return _with("run_function", frame.f_locals.get("ctx"))
+    if name == "checkpoint" and "gen" in variables:  # not reentrant: begun in a generator
+        begun = getattr(frame.f_locals.get("gen"), "gi_frame", None)
+        return _with("recompute_fn", None if begun is None else begun.f_locals.get("new_frame"))
+    if name == "unpack_hook":
+        return _with("recompute_fn", frame.f_locals.get("frame"))
     return None
+
+
+def _saving_hook() -> Any:
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+def _of_hook(hook: Any) -> Any:
+    """The same where a module's hooks have begun it, from how tensors are saved."""
+    cells = getattr(inspect.unwrap(hook), "__closure__", None) or ()
+    found = [_with("recompute_fn", cell.cell_contents) for cell in cells]
+    return next((region for region in found if region is not None), None)
+
+
+def _with(attribute: str, region: Any) -> Any:
+    return region if hasattr(region, attribute) else None

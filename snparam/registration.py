@@ -11,10 +11,12 @@ from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
 from .candidates import Candidate, is_lazy
+from .classes import give_own_class
 from .layers import Weight, is_packed, layer_type, weight_named, weights_of
 from .options import Options, documents_options, settings_from
 from .parametrization import SpectralNorm
 from .scopes import close_scope, norm_on, norms_of, open_scope
+from .spellings import accept_spellings, forget_spellings
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
@@ -128,7 +130,7 @@ def attach(weight: Weight, norm: SpectralNorm) -> None:
     original = tensors[name]
     assert original is not None
     tensors[name] = nn.Parameter(torch.empty(0))
-    _give_own_class(owner)
+    give_own_class(owner)
     parametrize.register_parametrization(owner, name, nn.Module(), unsafe=True)
     lists: Any = owner.parametrizations
     del lists[name]._parameters["original"]
@@ -143,6 +145,7 @@ def attach(weight: Weight, norm: SpectralNorm) -> None:
         for attribute, value in row.overrides.items():
             setattr(type(owner), attribute, value)
     open_scope(owner)
+    accept_spellings(owner)
 
 
 def _read_directly(owner: nn.Module, name: str) -> None:
@@ -177,7 +180,7 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
     lists: Any = owner.parametrizations
     order = lists[name]._snparam_order
     original = lists[name].original
-    _give_own_class(owner)
+    give_own_class(owner)
     parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
     if value is not None:
         with torch.no_grad():
@@ -191,17 +194,7 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
             row.restored(owner)
     if not any(True for _ in norms_of(owner)):
         close_scope(owner)
-
-
-def _give_own_class(owner: nn.Module) -> None:
-    """Make the class that holds a parametrized module's properties its own.
-
-    A deepcopy shares that class with its model, and would lose or gain properties with it.
-    """
-    if parametrize.is_parametrized(owner):
-        cls = type(owner)
-        own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-        owner.__class__ = type(cls.__name__, cls.__bases__, own)
+        forget_spellings(owner)
 
 
 def check_alone(owner: nn.Module, name: str) -> None:

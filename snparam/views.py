@@ -54,7 +54,7 @@ class View:
 
         With `like`, the columns are in the order in which that tensor is read.
         """
-        order = self._order_for(weight if like is None else like)
+        order = self.order_for(weight if like is None else like)
         if order == self._in_place:
             return weight.reshape(self.matrices)
         return weight.reshape(self.split).permute(order).reshape(self.matrices)
@@ -67,7 +67,7 @@ class View:
 
     def from_matrices(self, matrices: Tensor, like: Tensor) -> Tensor:
         """Write a stack of shape (b, m, n) back in the shape and memory format of `like`."""
-        order = self._order_for(like)
+        order = self.order_for(like)
         if order == self._in_place:
             return matrices if matrices.shape == self.shape else matrices.reshape(self.shape)
         inverse = [order.index(axis) for axis in range(len(order))]
@@ -79,7 +79,7 @@ class View:
         """The order that permutes nothing."""
         return tuple(range(len(self.split)))
 
-    def _order_for(self, weight: Tensor) -> tuple[int, ...]:
+    def order_for(self, weight: Tensor) -> tuple[int, ...]:
         """The order of the axes in which reading `weight` copies least.
 
         Singular values and left singular vectors do not depend on the order of the columns, so the

@@ -95,7 +95,7 @@ def test_baking_leaves_what_eval_mode_used(model, steps):
 @pytest.mark.parametrize("bake", [True, False])
 def test_restoring_a_copy_leaves_the_other_alone(bake):
     """A deep copy shares its class with what it was copied from."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 5), nn.Linear(5, 2))
+    model = nn.ModuleList([nn.Linear(3, 4), nn.LSTM(4, 5)])
     snparam.convert_model(model)
     twin = copy.deepcopy(model)
     snparam.restore_model(twin, bake=bake)

@@ -1,0 +1,245 @@
+"""Power-iteration steps, orthonormal rows, converged vectors: against plain linear algebra."""
+
+import pytest
+import torch
+from holder import exact
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from reference import normalize, without_projections
+
+from snparam import linalg
+from snparam.testing import weights
+from snparam.testing.tensors import DTYPES, SPECTRA, weight_with
+
+FLOATS = (torch.float32, torch.float64)
+WIDE = (*FLOATS, torch.complex64, torch.complex128)
+
+
+def matrices(**options):
+    """Stacks of one matrix."""
+    return weights(**{"dtypes": WIDE, **options}).map(lambda w: w.flatten(1).unsqueeze(0))
+
+
+def rounding(x):
+    return 64 * torch.finfo(x.dtype).eps
+
+
+def gram(rows):
+    return rows @ rows.mH
+
+
+# Orthonormal rows
+
+
+@given(x=matrices(), count=st.integers(1, 5))
+def test_orthonormal_rows_are_orthonormal_whatever_the_rows_are(x, count):
+    """Dependent rows, zero rows, subnormal and huge ones included."""
+    x = x[:, : min(count, x.shape[2])]
+    rows = linalg.orthonormal_rows(x)
+    eye = torch.eye(x.shape[1], dtype=x.dtype).unsqueeze(0)
+    torch.testing.assert_close(gram(rows), eye, rtol=0, atol=rounding(x))
+
+
+@given(x=matrices(dtypes=(torch.float64,), spectra=("gaussian", "flat"), scales=(1.0, 1e-3, 1e3)))
+def test_orthonormal_rows_are_those_of_gram_schmidt(x):
+    x = x[:, : min(x.shape[1:])]
+    done = []
+    for row in x[0].numpy():
+        done.append(normalize(without_projections(row, done)))
+    condition = float(torch.linalg.cond(x[0]))
+    right = torch.stack([torch.from_numpy(row) for row in done])
+    torch.testing.assert_close(
+        linalg.orthonormal_rows(x)[0], right, rtol=0, atol=rounding(x) * condition
+    )
+
+
+@given(x=matrices(spectra=("gaussian", "flat"), dtypes=FLOATS, scales=(1.0, 1e-3)))
+def test_each_row_keeps_its_direction(x):
+    """Each is made of the rows up to its own, of that one with a positive coefficient."""
+    x = x[:, : min(x.shape[1:])]
+    rows = linalg.orthonormal_rows(x)
+    coefficients = x @ rows.mT  # lower triangular with a positive diagonal
+    assert (coefficients.diagonal(dim1=-2, dim2=-1) > 0).all()
+    largest = coefficients.abs().amax()
+    assert (coefficients.triu(1).abs() <= rounding(x) * largest).all()
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+def test_eps_shortens_rows_whose_remainder_is_below_it(dtype):
+    x = torch.zeros(1, 3, 4, dtype=dtype)
+    x[0, 0, 0], x[0, 1, 1], x[0, 2, 2] = 3.0, 1e-4, 2e-2
+    rows = linalg.orthonormal_rows(x, eps=1e-2)
+    lengths = torch.linalg.vector_norm(rows, dim=-1).double()
+    torch.testing.assert_close(lengths, torch.tensor([[1.0, 1e-2, 1.0]]).double(), check_dtype=True)
+
+
+# Steps
+
+
+@given(W=matrices(), count=st.integers(1, 4), eps=st.sampled_from((0.0, 1e-12)), data=st.data())
+def test_a_step_gives_orthonormal_u_and_v_and_their_values(W, count, eps, data):
+    count = min(count, *W.shape[1:])
+    u = weight_with("gaussian", (1, count, W.shape[1]), seed=count, dtype=W.dtype)
+    u, v, sv = linalg.power_step(W, u, eps)
+    assert all(torch.isfinite(each).all() for each in (u, v, sv))
+    eye = torch.eye(count, dtype=W.dtype).unsqueeze(0)
+    sigma = float(exact(W[0])[0])
+    if eps == 0:
+        torch.testing.assert_close(gram(v), eye, rtol=0, atol=rounding(W))
+        if sigma > 0:
+            torch.testing.assert_close(gram(u), eye, rtol=0, atol=rounding(W))
+        expected = (u.conj() * (v @ W.mT)).sum(-1).real
+        atol = rounding(W) * sigma + 64 * torch.finfo(W.dtype).tiny * torch.finfo(W.dtype).eps
+        torch.testing.assert_close(sv, expected, rtol=0, atol=atol)
+    assert (torch.linalg.vector_norm(u, dim=-1) <= 1 + rounding(W)).all()
+
+
+@given(W=matrices(dtypes=FLOATS), seed=st.integers(0, 99))
+def test_the_step_for_one_vector_gives_the_same(W, seed):
+    u = weight_with("gaussian", (1, W.shape[1]), seed=seed, dtype=W.dtype)
+    right = linalg.power_step(W, u.unsqueeze(0))
+    found = linalg.vector_step(W[0], u[0])
+    sigma = float(exact(W[0])[0])
+    for a, b in zip(found[:2], right[:2], strict=True):
+        torch.testing.assert_close(a, b[0, 0], rtol=0, atol=rounding(W))
+    slack = torch.finfo(W.dtype).tiny * torch.finfo(W.dtype).eps
+    assert found[2] == pytest.approx(
+        float(right[2]), rel=rounding(W), abs=rounding(W) * sigma or slack
+    )
+
+
+@given(W=matrices(), count=st.integers(1, 3))
+def test_finishing_from_v_repeats_the_step_to_the_bit(W, count):
+    """What a recomputed forward relies on."""
+    assume(W.any())
+    count = min(count, *W.shape[1:])
+    u = weight_with("gaussian", (1, count, W.shape[1]), seed=3, dtype=W.dtype)
+    first = linalg.power_step(W, u)
+    again = linalg.finish_step(W, first[1])
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    if count == 1 and W.dtype in FLOATS:
+        vector = linalg.vector_step(W[0], u[0, 0])
+        repeated = linalg.finish_vector_step(W[0], vector[1])
+        assert torch.equal(vector[0], repeated[0])
+        assert vector[2] == repeated[2]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_u_orthogonal_to_every_column_finds_the_matrix_again(dtype, count):
+    """The classic layer ends in NaN here."""
+    W = torch.zeros(1, 3, 4, dtype=dtype)
+    W[0, 0, 1] = 5.0
+    u = torch.zeros(1, count, 3, dtype=dtype)
+    u[0, 0, 2] = 1.0
+    if count == 2:
+        u[0, 1, 1] = 1.0
+    for _ in range(2):
+        u, v, sv = linalg.power_step(W, u)
+        assert all(torch.isfinite(each).all() for each in (u, v, sv))
+    if count == 1:
+        assert float(sv[0, 0]) == pytest.approx(5.0)
+        assert linalg.vector_step(W[0], torch.eye(3, dtype=dtype)[2])[2] > 0
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_zero_matrix_leaves_u_where_it_was(count, dtype):
+    W = torch.zeros(2, 4, 3, dtype=dtype)
+    W[1] = 1.0  # of a stack, its own zero matrices only
+    u = weight_with("gaussian", (2, count, 4), seed=1, dtype=dtype)
+    found, v, sv = linalg.power_step(W, u)
+    assert torch.equal(found[0], u[0])
+    assert not torch.equal(found[1], u[1])
+    assert not sv[0].any()
+    assert torch.isfinite(v).all()
+    if count == 1 and dtype in FLOATS:
+        found, _, sigma = linalg.vector_step(W[0], u[0, 0])
+        assert sigma == 0
+        assert torch.equal(found, u[0, 0])
+        # What comes back is saved for a backward pass, and u moves on in place.
+        assert found.data_ptr() != u.data_ptr()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_zero_matrix_starts_at_vectors_orthogonal_to_nothing_likely(count):
+    """Not to single rows, nor to sums of rows, as u has to be turned towards what is learned."""
+    u, sv = linalg.converged(torch.zeros(1, 8, 6), count)
+    assert not sv.any()
+    torch.testing.assert_close(gram(u)[0], torch.eye(count).double(), rtol=0, atol=1e-12)
+    assert (u.abs() > 1e-3).all()
+    assert abs(float(u[0, 0].sum())) > 1e-3
+
+
+@given(W=matrices(), blocks=st.integers(2, 3), count=st.integers(1, 2))
+def test_a_stack_is_stepped_as_its_matrices_are(W, blocks, count):
+    count = min(count, *W.shape[1:])
+    scales = torch.arange(1, 1 + blocks, dtype=W.real.dtype)[:, None, None]
+    stack = W * scales
+    u = weight_with("gaussian", (blocks, count, W.shape[1]), seed=5, dtype=W.dtype)
+    together = linalg.power_step(stack, u)
+    sigma = float(exact(stack.flatten(0, 1))[0]) if torch.isfinite(stack).all() else 0.0
+    for index in range(blocks):
+        alone = linalg.power_step(stack[index : index + 1], u[index : index + 1])
+        torch.testing.assert_close(
+            together[2][index : index + 1], alone[2], rtol=0, atol=rounding(W) * sigma
+        )
+        if count == 1:
+            torch.testing.assert_close(
+                together[1][index : index + 1], alone[1], rtol=0, atol=rounding(W)
+            )
+
+
+# Converged vectors and exact values
+
+
+@settings(max_examples=200)
+@given(W=matrices(dtypes=(*DTYPES, torch.complex128), max_side=16), count=st.integers(1, 4))
+def test_converged_vectors_of_small_matrices_are_singular_vectors(W, count):
+    """σ₁ to rounding; values below 1e-8 σ₁ to that, for their squares are lost beside σ₁²."""
+    count = min(count, *W.shape[1:])
+    u, sv = linalg.converged(W, count)
+    sigma = exact(W[0])[:count]
+    assert u.dtype == (torch.complex128 if W.is_complex() else torch.float64)
+    torch.testing.assert_close(sv[0, :1], sigma[:1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(sv[0], sigma, rtol=0, atol=2e-8 * float(sigma[0]))
+    torch.testing.assert_close(gram(u)[0], torch.eye(count, dtype=u.dtype), rtol=0, atol=1e-12)
+    lengths = torch.linalg.vector_norm(u[0].conj() @ W[0].to(u.dtype), dim=-1)
+    torch.testing.assert_close(lengths, sigma, rtol=0, atol=2e-8 * float(sigma[0]))
+    assert float(lengths[0]) >= float(sigma[0]) * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_converged_vectors_of_large_matrices_are_near(spectrum, dtype):
+    W = weight_with(spectrum, (400, 300), seed=1, scale=7.0, dtype=dtype).unsqueeze(0)
+    for each in (W, W.mT.contiguous()):
+        u, sv = linalg.converged(each, 3)
+        sigma = exact(each[0])[:3]
+        assert (abs(sv[0] - sigma) <= 1e-3 * sigma[0]).all()
+        torch.testing.assert_close(gram(u)[0], torch.eye(3, dtype=u.dtype), rtol=0, atol=1e-9)
+        # Products of bfloat16 matrices are in float32.
+        computed = torch.promote_types(dtype, torch.float32)
+        slack = 64 * torch.finfo(computed).eps
+        assert (sv[0].cumsum(0) <= sigma.cumsum(0) * (1 + slack)).all()
+
+
+@given(W=matrices(), count=st.integers(1, 3))
+def test_convergence_is_deterministic(W, count):
+    count = min(count, *W.shape[1:])
+    state = torch.random.get_rng_state()
+    torch.manual_seed(1)
+    first = linalg.converged(W, count)
+    torch.rand(1)
+    second = linalg.converged(W, count)
+    torch.random.set_rng_state(state)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@given(W=weights(), blocks=st.integers(1, 3))
+def test_exact_sigma_is_that_of_a_singular_value_decomposition(W, blocks):
+    stack = W.flatten(1).unsqueeze(0).expand(blocks, -1, -1)
+    sigma = exact(W)[0]
+    found = linalg.exact_sigma(stack)
+    assert found.shape == (blocks,)
+    torch.testing.assert_close(found, sigma.expand(blocks), rtol=1e-12, atol=0)
