@@ -14,6 +14,7 @@ from .layers import Weight
 from .options import Settings
 from .parametrization import Estimate, SpectralNorm, compute_dtype, is_finite, stack_of
 from .scopes import norm_on
+from .sharded import is_fully_sharded
 from .takeover import Spectral, kind_on, spectral_on
 from .views import View
 
@@ -34,6 +35,11 @@ class Problem:
     what: str
     remedy: str
     error: type[Exception] = ValueError
+
+
+FULLY_SHARDED = Problem(
+    "fully_shard has it in hand already", "convert_model first, then fully_shard"
+)
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,8 @@ def _obstacle(weight: Weight) -> Problem | None:
         )
     if is_lazy(tensor):
         return Problem("it is uninitialised (a lazy module)", "run one forward first")
+    if is_fully_sharded(tensor, [weight.owner]):
+        return FULLY_SHARDED
     if weight.obstacle is not None:
         return Problem(weight.obstacle, "change that, or leave this layer out")
     return _tensor_obstacle(tensor)

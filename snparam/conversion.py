@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
-from .candidates import Candidate
+from .candidates import FULLY_SHARDED, Candidate
 from .options import Options, documents_options, settings_from
 from .parametrization import SpectralNorm
 from .plan import (
@@ -30,6 +30,7 @@ from .registration import attach_all, check_alone, detach, read_as_eval
 from .saving import save_as_before, save_plain
 from .scopes import close_scope, norm_on, norms_of, open_scope
 from .selection import Filter, Selection, Selectors
+from .sharded import is_fully_sharded
 from .takeover import take_off
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
@@ -215,8 +216,13 @@ def _decide(
     against = selection.reason_against(site.path, site.owner, site.name, site.tensor)
     if against is not None:
         return replace(row, reason=against)
-    if candidate.problem is not None:
-        return replace(row, reason=candidate.problem.what)
+    unfit = candidate.problem
+    if unfit is None and is_fully_sharded(candidate.tensor, (module for _, module in site.path)):
+        unfit = FULLY_SHARDED
+    if unfit is FULLY_SHARDED:  # not left out silently: the order of calls is wrong
+        return replace(row, decision=REFUSE, reason=candidate.message(unfit))
+    if unfit is not None:
+        return replace(row, reason=unfit.what)
     obstacle, note = _sharing(site, sharers, selection)
     if obstacle:
         return replace(row, reason=obstacle)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import linalg
+from .sharded import ShardedStack, is_sharded
 from .views import View
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -87,8 +88,13 @@ def torch_vectors(weight: Tensor, view: View, axis: int, u: Tensor) -> tuple[Ten
         return None
     dtype = torch.promote_types(weight.dtype, torch.float32)
     # The columns in torch's order, whatever the weight's memory format.
-    matrix = view.to_matrices(weight.detach().contiguous()).to(dtype)
-    new_u, v, _ = linalg.power_step(matrix, u[:, :1].to(dtype))
+    weight = weight.detach().contiguous()
+    stack: Tensor | ShardedStack
+    if is_sharded(weight):
+        stack = ShardedStack(weight, view, dtype)  # type: ignore[arg-type]
+    else:
+        stack = view.to_matrices(weight).to(dtype)
+    new_u, v, _ = linalg.power_step(stack, u[:, :1].to(dtype))
     left, right = new_u[0, 0], v[0, 0]
     if kind == "transposed":
         left, right = right.conj().resolve_conj(), left.conj().resolve_conj()

@@ -216,6 +216,8 @@ def check_alone(owner: nn.Module, name: str) -> None:
 def _derive_after_load(parametrizations: Any, _keys: object) -> None:
     for norm in parametrizations:
         if isinstance(norm, SpectralNorm):
+            if norm.settings.update == "step":  # with assign=True, u may be of another kind now
+                norm.v = norm.v.new_zeros(norm.v.shape, dtype=norm.u.dtype, device=norm.u.device)
             norm.derive(parametrizations.original)
 
 

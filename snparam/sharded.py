@@ -8,13 +8,14 @@ have to call it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import linalg
@@ -28,6 +29,17 @@ def is_sharded(weight: Tensor) -> bool:
     """Whether a weight is a DTensor."""
     # Asked of every weight in every forward, so without importing torch.distributed.tensor.
     return hasattr(weight, "placements") and hasattr(weight, "device_mesh")
+
+
+def is_fully_sharded(tensor: Tensor, modules: Iterable[nn.Module]) -> bool:
+    """Whether FSDP2 has a tensor in hand: sharded, with one of the modules around it wrapped.
+
+    FSDP2 keeps its own reference to the module and the name of each parameter, so that a
+    parameter that moves elsewhere later is lost to it.
+    """
+    return is_sharded(tensor) and any(
+        base.__name__ == "FSDPModule" for module in modules for base in type(module).__mro__
+    )
 
 
 class ShardedStack:

@@ -25,7 +25,7 @@ CLOSE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2}
 
 
 def dominated(shape, dtype=torch.float64, axis=0, seed=0):
-    """A weight with σ₂/σ₁ about 0.2, so that forty steps of power iteration are converged."""
+    """A weight with σ₂/σ₁ about 0.2, so that fifteen steps of power iteration are converged."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = shape[axis], torch.Size(shape).numel() // shape[axis]
     top = torch.outer(*(torch.randn(n, generator=generator) for n in (rows, columns)))
@@ -91,7 +91,7 @@ def run(layer):
     return layer(*inputs) if isinstance(inputs, list) else layer(inputs)
 
 
-def trained(layer, forwards=40):
+def trained(layer, forwards=15):
     with torch.no_grad():
         for _ in range(forwards):
             run(layer)
@@ -150,7 +150,7 @@ def test_torchs_spellings_go_in_strictly_and_mean_the_same(layer, spelling, num_
     layer=single_layers(kinds=("linear", "conv", "embedding"), dtypes=(torch.float32,)),
     have=st.integers(1, 4),
     want=st.integers(1, 4),
-    forwards=st.sampled_from([0, 1, 40]),
+    forwards=st.sampled_from([0, 1, 15]),
 )
 def test_biggans_spelling_goes_in_with_any_number_of_singular_values(layer, have, want, forwards):
     most = min(layer.weight.shape[0], layer.weight[0].numel())
@@ -388,8 +388,8 @@ def test_a_model_on_the_meta_device_is_filled_by_assign(spelling, update):
     model = snparam.register_sn(nn.Linear(4, 6), update=update).to("meta")
     model.load_state_dict(spelled(source, spelling), assign=True)
     same_output(model, source, layer)
-    model.train()
-    torch.testing.assert_close(model(torch.ones(1, 4)), source.eval()(torch.ones(1, 4)))
+    for each in (model.train(), copy.deepcopy(model)):
+        torch.testing.assert_close(each(torch.ones(1, 4)), source.eval()(torch.ones(1, 4)))
 
 
 @pytest.mark.parametrize("spelling", ["plain", "torch", "torch-hook", "biggan"])
@@ -683,7 +683,7 @@ def test_biggans_models_take_theirs_and_go_on_to_compute_the_same(layer, num_svs
     same_output(theirs, model, layer)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     layer=single_layers(kinds=("linear", "conv", "embedding")),
     first=st.sampled_from(SPELLINGS),

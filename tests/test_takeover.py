@@ -300,13 +300,17 @@ def test_the_relation_of_two_readings(layout, shape, blocks, axis, expected):
         assert torch.equal(ours[0], theirs.T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("shape", [(4, 3), (3, 3)])
-def test_a_weight_stored_input_first_changes_u_and_v(shape):
-    weight = torch.randn(shape)
+def test_a_weight_stored_input_first_changes_u_and_v(shape, dtype):
+    weight = torch.randn(shape, dtype=dtype)
     view = Layout("columns").view(shape)
-    u, sv, v = torch.linalg.svd(weight)
-    found = reading.left_vector(view, 0, u[:, 0], v[0])
-    torch.testing.assert_close(found[0, 0], v[0])
+    matrix = view.to_matrices(weight)[0]
+    torch.testing.assert_close(matrix, weight.T)
+    u, sv, vh = torch.linalg.svd(weight)
+    found = reading.left_vector(view, 0, u[:, 0], vh[0].conj())
+    # W v = σ u with the roles changed: |u* Wᵀ| = σ, and its other side is unit.
+    torch.testing.assert_close(torch.linalg.vector_norm(found[0, 0].conj() @ matrix), sv[0])
     theirs = reading.torch_vectors(weight, view, 0, found)
-    torch.testing.assert_close(theirs[0] @ weight @ theirs[1], sv[0])
+    torch.testing.assert_close(torch.vdot(theirs[0], weight @ theirs[1]), sv[0].to(dtype))
     assert theirs[0].shape == (shape[0],)

@@ -270,7 +270,9 @@ def drawn_with(seed, strategy):
     return found
 
 
-@pytest.mark.parametrize("strategy", [weights(), layers(), networks()], ids=str)
+@pytest.mark.parametrize(
+    "strategy", [weights(), layers(), networks()], ids=["weights", "layers", "networks"]
+)
 def test_drawing_neither_reads_nor_moves_torchs_random_state(strategy):
     for one, other in zip(drawn_with(1, strategy), drawn_with(2, strategy), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -293,13 +293,13 @@ def step_by_step(case: Case, amount: float | None = 1e-7) -> None:
         sgd.step()
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(cases(max_steps=20))
 def test_float64_over_whole_training_runs(case):
     whole_run(case)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(cases(max_steps=6))
 def test_float32_step_by_step(case):
     step_by_step(case)

@@ -1,0 +1,115 @@
+"""Activation checkpointing: gradients of the unchecked run, and one move per forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import snparam
+
+
+class Network(nn.Module):
+    """Uses one layer twice in a region; `mode` is use_reentrant, or None without checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(8, 8)
+        self.b = nn.Linear(8, 8)
+        self.c = nn.Conv1d(1, 4, 3)
+        self.double()
+        self.mode: bool | None = None
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(self.a(x).tanh())).relu()
+        out: Tensor = self.c(x[:, None]).tanh()
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode is None:
+            return self.body(x)
+        out: Tensor = checkpoint(self.body, x, use_reentrant=self.mode)
+        return out
+
+
+def pair(mode: bool, **options: object) -> list[Network]:
+    """A network without and one with checkpointing, from the same cold start, which moves far."""
+    networks = []
+    for use in (None, mode):
+        network = Network()
+        network.mode = use
+        torch.manual_seed(1)
+        networks.append(snparam.convert_model(network, init="random", **options))  # type: ignore[arg-type]
+    return networks
+
+
+def inputs(count: int) -> list[Tensor]:
+    torch.manual_seed(2)
+    return [torch.randn(4, 8, dtype=torch.float64, requires_grad=True) for _ in range(count)]
+
+
+def assert_same_gradients_and_states(a: nn.Module, b: nn.Module) -> None:
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(
+            p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: n + m
+        )
+    for p, q in zip(a.buffers(), b.buffers(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("num_svs", [1, 3])
+@pytest.mark.parametrize("update", ["forward", "step"])
+@pytest.mark.parametrize("forwards", [1, 3])
+def test_gradients_equal_the_unchecked_runs(
+    mode: bool, num_svs: int, update: str, forwards: int
+) -> None:
+    networks = pair(mode, num_svs=num_svs, update=update)
+    for network in networks:
+        terms = [w * network(x).square().sum() for w, x in enumerate(inputs(forwards), start=-1)]
+        torch.stack(terms).sum().backward()
+    assert_same_gradients_and_states(*networks)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_backward_in_another_order_than_the_forwards(mode: bool) -> None:
+    networks = pair(mode)
+    for network in networks:
+        losses = [network(x).square().sum() for x in inputs(3)]
+        for index in (1, 0, 2):
+            losses[index].backward()
+    assert_same_gradients_and_states(*networks)
+
+
+def test_two_backward_passes_of_one_region() -> None:
+    networks = pair(mode=False)
+    for network in networks:
+        first, second = (network(x).square().sum() for x in inputs(2))
+        first.backward(retain_graph=True)
+        second.backward()
+        first.backward()
+    assert_same_gradients_and_states(*networks)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_several_steps_with_an_optimizer(mode: bool) -> None:
+    networks = pair(mode)
+    for network in networks:
+        optimizer = torch.optim.SGD(network.parameters(), 0.05)
+        for x in inputs(5):
+            (network(x).square().mean() - network(x * 2).mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    assert_same_gradients_and_states(*networks)
+
+
+def test_a_copy_after_forward_and_backward() -> None:
+    network = pair(mode=False)[1]
+    network(inputs(1)[0]).sum().backward()
+    clone = copy.deepcopy(network)
+    x = inputs(1)[0]
+    torch.testing.assert_close(clone(x), network(x))

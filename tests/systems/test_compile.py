@@ -1,0 +1,147 @@
+"""torch.compile, torch.export, torch.func: the same numbers as eager runs and plain loops."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+
+import snparam
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Conv2d(2, 4, 3)
+        self.b = nn.Linear(36, 8)
+        self.c = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.c(self.b(self.a(x).flatten(1)).relu())
+        return out
+
+
+X = torch.linspace(-1, 1, 4 * 2 * 25).reshape(4, 2, 5, 5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "options",
+    [{"update": "forward"}, {"update": "step"}, {"num_svs": 3, "gain": "learned"}],
+    ids=str,
+)
+def test_compiled_training_and_eval_equal_eager(options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    eager = snparam.convert_model(Network(), init="random", **options)
+    traced = copy.deepcopy(eager)
+    graphs = []
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        graphs.append(graph)
+        return compile_fx(graph, inputs)
+
+    compiled = torch.compile(traced, fullgraph=True, backend=counted)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.05) for m in (eager, traced)]
+    if options.get("update") == "step":
+        for optimizer, model in zip(optimizers, (eager, traced), strict=True):
+            snparam.update_after_step(optimizer, model)
+    for training in (True, True, True, False, True, False):
+        for model, run, optimizer in (
+            (eager, eager, optimizers[0]),
+            (traced, compiled, optimizers[1]),
+        ):
+            model.train(training)
+            run(X).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(compiled(X), eager(X), rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 2  # one for training and one for eval, whatever the steps and switches
+    for (name, a), b in zip(eager.named_buffers(), traced.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("bake", [False, True])
+def test_exported_programs_equal_eager(bake: bool) -> None:
+    model = snparam.convert_model(Network()).eval()
+    expected = model(X)
+    if bake:
+        snparam.restore_model(model)
+    program = torch.export.export(model, (X,))
+    torch.testing.assert_close(program.module()(X), expected)
+
+
+def functional() -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+    model = snparam.convert_model(Network().double()).eval()
+    return model, dict(model.named_parameters()), dict(model.named_buffers())
+
+
+def loss(
+    model: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor
+) -> Tensor:
+    return functional_call(model, (parameters, buffers), (x,)).square().sum()
+
+
+def test_per_sample_gradients_equal_a_loop() -> None:
+    model, parameters, buffers = functional()
+    detached = {name: p.detach() for name, p in parameters.items()}
+
+    def one(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return loss(model, p, buffers, x[None])
+
+    x = X.double()
+    found = vmap(grad(one), (None, 0))(detached, x)
+    for index, sample in enumerate(x):
+        expected = torch.autograd.grad(
+            model(sample[None]).square().sum(), list(parameters.values())
+        )
+        for value, right in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(value[index], right)
+
+
+# torch.jit's, in torch.func's own decompositions.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_forward_mode_equals_differences() -> None:
+    model, parameters, buffers = functional()
+    detached = {name: p.detach() for name, p in parameters.items()}
+    torch.manual_seed(1)
+    tangents = {name: torch.randn_like(p) for name, p in detached.items()}
+    norms = [
+        m[0] for m in model.modules() if isinstance(m, nn.utils.parametrize.ParametrizationList)
+    ]
+    for norm in norms:  # converged, where u and v are stationary and the estimate is sigma itself
+        assert norm.u.dtype == torch.float64
+
+    def f(p: dict[str, Tensor]) -> Tensor:
+        return loss(model, p, buffers, X.double())
+
+    _, found = jvp(f, (detached,), (tangents,))
+    expected = sum(
+        (g * t).sum()
+        for g, t in zip(
+            torch.autograd.grad(f(parameters), list(parameters.values())),
+            tangents.values(),
+            strict=True,
+        )
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_training_under_a_transform_with_buffers_passed_in() -> None:
+    model, parameters, buffers = functional()
+    model.train()
+
+    def f(p: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+        return loss(model, p, b, X.double())
+
+    clones = {name: b.clone() for name, b in buffers.items()}
+    found = grad(f)({name: p.detach() for name, p in parameters.items()}, clones)
+    expected = torch.autograd.grad(model(X.double()).square().sum(), list(parameters.values()))
+    for value, right in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-8)
