@@ -85,7 +85,7 @@ def plain_state_dict(model: nn.Module, bake: bool = True) -> dict[str, Any]:
             normalised weight is shared with a module that uses it as it is.
     """
     if bake:
-        _check_shared(model)
+        check_shared(model)
     baked: dict[tuple[int, int], Tensor] = {}
 
     def plain(placed: Placed) -> Local:
@@ -214,7 +214,7 @@ def _inexpressible(placed: Placed, what: str, why: str) -> ValueError:
     )
 
 
-def _check_shared(model: nn.Module) -> None:
+def check_shared(model: nn.Module) -> None:
     """Refuse to bake one of two uses of a Parameter.
 
     Raises:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
 from .candidates import FULLY_SHARDED, Candidate
+from .checkpoints import check_shared
 from .options import Options, documents_options, settings_from
 from .parametrization import SpectralNorm
 from .plan import (
@@ -174,11 +175,14 @@ def restore_model(model: _ModuleT, bake: bool = True) -> _ModuleT:
         The model.
 
     Raises:
-        ValueError: if a weight carries another parametrization as well; nothing has been changed.
+        ValueError: if a weight carries another parametrization as well, or, with `bake=True`, is
+            shared with a module that uses it as it is; nothing has been changed.
     """
     carriers = [(m, tensor) for m in model.modules() for tensor, _ in norms_of(m)]
     for module, tensor in carriers:
         check_alone(module, tensor)
+    if bake:
+        check_shared(model)
     values = [read_as_eval(module, tensor) if bake else None for module, tensor in carriers]
     for (module, tensor), value in zip(carriers, values, strict=True):
         detach(module, tensor, value)

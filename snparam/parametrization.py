@@ -14,7 +14,7 @@ from .constraint import Constraint
 from .division import Division, divide, divide_eagerly, reads_numbers, without_autocast
 from .forwards import Forwards, Reading
 from .options import Settings
-from .recomputation import in_backward, keep, kept, saved_by, unseen
+from .recomputation import held, in_backward, keep, kept, saved_by, unseen
 from .sharded import ShardedStack, is_sharded
 from .views import View
 from .watching import watch
@@ -226,6 +226,8 @@ class SpectralNorm(nn.Module):
                 step = self._vector_step if by_numbers else self._stack_step
                 u, v, found, sigma = step(weight.detach(), moves, repeated)
                 reading.v = found if repeated is None else repeated
+            if torch.compiler.is_compiling() and torch.is_grad_enabled():
+                u, v, sigma = held(u, v, cast(Tensor, sigma))
             divisor, slope = self.constraint.divisor(sigma)
             by = Division(divisor, slope, u, v, self.view)
             gain = None if settings.gain is None else self.gain

@@ -100,6 +100,18 @@ def unseen() -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def held(u: Tensor, v: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same u (b, m), v (b, n) and σ (b,), kept by a compiler for the backward pass.
+
+    A compiler recomputes what is cheap rather than keep it, here a step, in the backward pass: from
+    the buffer, which by then has moved on (github.com/pytorch/pytorch/pull/197039). Concatenations
+    it always keeps.
+    """
+    both = torch.cat([u, v, sigma[:, None].to(u.dtype)], 1)
+    rows = u.shape[1]
+    return both[:, :rows], both[:, rows:-1], both[:, -1].real
+
+
 def _keep(regions: _Regions, state: object, v: Tensor) -> None:
     for region in regions.running:
         vectors: dict[int, _Vectors] = region.__dict__.setdefault(_ATTRIBUTE, {})

@@ -389,7 +389,10 @@ def test_a_model_on_the_meta_device_is_filled_by_assign(spelling, update):
     model.load_state_dict(spelled(source, spelling), assign=True)
     same_output(model, source, layer)
     for each in (model.train(), copy.deepcopy(model)):
-        torch.testing.assert_close(each(torch.ones(1, 4)), source.eval()(torch.ones(1, 4)))
+        output = each(torch.ones(1, 4))
+        torch.testing.assert_close(output, source.eval()(torch.ones(1, 4)))
+        output.sum().backward()
+        assert torch.isfinite(original_of(each).grad).all()
 
 
 @pytest.mark.parametrize("spelling", ["plain", "torch", "torch-hook", "biggan"])

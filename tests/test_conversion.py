@@ -316,6 +316,16 @@ def test_restoring_leaves_the_network_it_was(bake: bool) -> None:
     assert_same(after, before)
 
 
+def test_baking_a_weight_that_another_module_uses_as_it_is_is_refused() -> None:
+    model = snparam.convert_model(Network(), exclude="embed")
+    expected = model.eval()(TOKENS)
+    with pytest.raises(ValueError, match=r"head\.weight.*embed\.weight"):
+        snparam.restore_model(model, bake=True)
+    assert torch.equal(model(TOKENS), expected)
+    snparam.restore_model(model, bake=False)
+    assert model.embed.weight is model.head.weight
+
+
 def test_restoring_a_network_that_is_not_converted_leaves_it() -> None:
     model = Network()
     before = snapshot(model)
