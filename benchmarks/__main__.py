@@ -1,56 +1,143 @@
-"""`python -m benchmarks`: measure, print the table, and, if asked, record it."""
+"""`python -m benchmarks`: measure, print the table, and, if asked, write it down."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from . import report
-from .cases import CASES, Setup
+from . import curves, report
+from .cases import CASES
+from .rows import Setup
 
 RESULTS = Path(__file__).parent / "results"
+ROUNDS = 41
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, whether or not targets are reached."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options = parser.parse_args(given)
+    _check(options, parser)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    setup = Setup(options.device, options.rounds or (1 if options.quick else ROUNDS), options.quick)
+    rows = []
+    for name in options.only or CASES:
+        for row in CASES[name](setup):
+            rows.append(row)
+            print(report.line(row), flush=True)
+    print()
+    print("\n".join(f"{key}: {value}" for key, value in report.machine(setup).items()))
+    print()
+    print(report.table(rows))
+    print()
+    print(report.notes(rows))
+    panels = list(curves.measure(setup)) if options.record or options.plots else []
+    command = _command(options)
+    data = report.as_data(rows, panels, setup, command)
+    name = report.kind(setup)
+    written = []
+    if options.record:
+        report.write_markdown(options.results / f"{name}.md", rows, setup, command)
+        report.write_json(options.results / f"{name}.json", data)
+        curves.draw(panels, options.results / f"{name}.png")
+        written += [options.results / f"{name}.{kind}" for kind in ("md", "json", "png")]
+    if options.json:
+        report.write_json(options.json, data)
+        written.append(options.json)
+    if options.plots:
+        curves.draw(panels, options.plots / f"{name}.png")
+        written.append(options.plots / f"{name}.png")
+    for path in written:
+        print(f"wrote {path}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Ratios of snparam's cost to its peers', measured in the same run.",
+        description=(
+            "Ratios of snparam's cost to that of torch's two spectral norms, of BigGAN's "
+            "vector-by-vector iteration and of the unconverted model, measured in the same run "
+            "with interleaved rounds. To be run on a machine that does nothing else."
+        ),
     )
-    parser.add_argument("--only", choices=CASES, nargs="+", help="some of the cases")
-    parser.add_argument("--rounds", type=int, default=41, help="interleaved rounds (default 41)")
-    parser.add_argument("--threads", type=int, help="threads of torch (default: its own)")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
-    parser.add_argument("--record", action="store_true", help="write benchmarks/results/")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where --record writes")
+    parser.add_argument("--only", choices=CASES, nargs="+", metavar="CASE", help=_cases())
+    parser.add_argument(
+        "--rounds",
+        type=_positive_int,
+        metavar="N",
+        help=f"interleaved rounds (default {ROUNDS}; long work takes a half to an eighth of them)",
+    )
+    parser.add_argument(
+        "--threads", type=_positive_int, metavar="N", help="threads of torch (default: its own)"
+    )
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
         default="cpu",
         help="cuda times with events; this command has not been run on a CUDA device yet",
     )
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    setup = Setup(options.device, options.rounds, options.quick)
-    rows = []
-    for name in options.only or CASES:
-        for row in CASES[name](setup):
-            rows.append(row)
-            print(f"{row.case}: {row.ratio:.2f}", flush=True)
-    print()
-    print("\n".join(f"{key}: {value}" for key, value in report.machine(setup).items()))
-    print()
-    print(report.table(rows))
-    if options.record:
-        from . import curves
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes and one round, to see that it runs"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all numbers there")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the curves there")
+    parser.add_argument(
+        "--record", action="store_true", help="write table, numbers and curves to --results"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help="where --record writes (default: benchmarks/results)",
+    )
+    return parser
 
-        path = report.record(rows, setup, options.results)
-        curves.draw(setup, path.with_suffix(".png"))
-        print(f"\nrecorded in {path.name}, {path.stem}.json and {path.stem}.png")
-    return 0
+
+def _cases() -> str:
+    return "some of the cases: " + ", ".join(CASES)
+
+
+def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse what cannot be done before measuring for minutes."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
+    if options.record and options.only:
+        parser.error("--record writes the whole table; leave out --only, or use --json")
+    if options.record and options.quick and options.results == RESULTS:
+        parser.error("--record with --quick would overwrite results; give --results another folder")
+    if options.record or options.plots:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            parser.error("--record and --plots draw with matplotlib: pip install 'snparam[plot]'")
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command as it was given, without the paths."""
+    parts = ["python -m benchmarks"]
+    parts += ["--only " + " ".join(options.only)] if options.only else []
+    parts += [f"--rounds {options.rounds}"] if options.rounds else []
+    parts += [f"--threads {options.threads}"] if options.threads else []
+    parts += [f"--device {options.device}"] if options.device != "cpu" else []
+    parts += ["--quick"] if options.quick else []
+    parts += ["--record"] if options.record else []
+    return " ".join(parts)
+
+
+def _positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
 
 
 if __name__ == "__main__":

@@ -2,98 +2,138 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
-from torch import nn
 
-from . import models, peers
-from .cases import OURS, TORCH, Setup, _reader, _repeat, _step
+from . import models, peers, work
+from .peers import HOOK, OURS, OURS_STEPWISE, PLAIN, SEQUENTIAL, TORCH
+from .rows import Setup
 from .timing import interleaved
 
-Points = dict[str, list[tuple[float, float]]]
+# One look for each contender, the same in every panel.
+_LOOKS = {
+    OURS: ("C0", "-", "o"),
+    OURS_STEPWISE: ("C0", "--", "s"),
+    TORCH: ("C1", "-", "^"),
+    HOOK: ("C2", "-", "v"),
+    SEQUENTIAL: ("C3", "-", "D"),
+}
 
 
-def by_size(setup: Setup) -> Points:
-    """Read and backward of an n x n weight; seconds against n."""
-    sizes = [8, 16] if setup.quick else [32, 64, 128, 256, 512, 1024, 2048, 4096]
-    points: Points = {OURS: [], TORCH: [], "torch hook": []}
-    for size in sizes:
+@dataclass(frozen=True)
+class Curves:
+    """One panel.
+
+    Attributes:
+        title: what is done.
+        along: what grows.
+        at: its values.
+        seconds: by contender, one for each value.
+    """
+
+    title: str
+    along: str
+    at: list[int]
+    seconds: dict[str, list[float]]
+
+
+def measure(setup: Setup) -> Iterator[Curves]:
+    """All three panels."""
+    yield by_size(setup)
+    yield by_values(setup)
+    yield by_layers(setup)
+
+
+def by_size(setup: Setup) -> Curves:
+    """Read and backward of a weight, against its size."""
+    at = [8, 16] if setup.quick else [32, 64, 128, 256, 512, 1024, 2048, 4096]
+    seconds: dict[str, list[float]] = {OURS: [], TORCH: [], HOOK: []}
+    for size in at:
         source = models.layer((size, size)).to(setup.device)
         grad = torch.randn(size, size, device=setup.device)
         runs = {
-            OURS: _reader(peers.ours()(source), grad),
-            TORCH: _reader(peers.torch_parametrization(source), grad),
+            OURS: work.read_and_backward(peers.ours()(source), grad),
+            TORCH: work.read_and_backward(peers.torch_parametrization(source), grad),
+            HOOK: work.read_and_backward(peers.torch_hook(source), grad),
         }
-        hooked = peers.torch_hook(source)
-        original = hooked.weight_orig
-
-        def read_hook(module: nn.Module = hooked, weight: nn.Parameter = original) -> None:
-            weight.grad = None
-            next(iter(module._forward_pre_hooks.values()))(module, ())
-            module.weight.backward(grad)  # noqa: B023
-
-        runs["torch hook"] = read_hook
-        times = interleaved(runs, setup.rounds, setup.device, _repeat(size * size))
-        for name in points:
-            points[name].append((size, times.median(name)))
-    return points
+        times = interleaved(runs, setup.fewer(2), setup.device)
+        for name, found in seconds.items():
+            found.append(times.median(name))
+    return Curves("read + backward of an n × n weight", "n", at, seconds)
 
 
-def by_values(setup: Setup) -> Points:
-    """Read and backward of a 2048 x 512 weight; seconds against num_svs."""
+def by_values(setup: Setup) -> Curves:
+    """Read and backward of one weight, against the number of singular values."""
     shape = (12, 20) if setup.quick else (2048, 512)
-    points: Points = {OURS: [], "sequential": []}
-    for count in (1, 2) if setup.quick else (1, 2, 4, 8, 16, 32):
+    at = [1, 2] if setup.quick else [1, 2, 4, 8, 16, 32]
+    seconds: dict[str, list[float]] = {OURS: [], SEQUENTIAL: []}
+    for count in at:
         source = models.layer(shape).to(setup.device)
         grad = torch.randn(shape, device=setup.device)
         runs = {
-            OURS: _reader(peers.ours(count)(source), grad),
-            "sequential": _reader(peers.sequential(count)(source), grad),
+            OURS: work.read_and_backward(peers.ours(count)(source), grad),
+            SEQUENTIAL: work.read_and_backward(peers.sequential(count)(source), grad),
         }
-        times = interleaved(runs, setup.rounds, setup.device)
-        for name in points:
-            points[name].append((count, times.median(name)))
-    return points
+        times = interleaved(runs, setup.fewer(2), setup.device)
+        for name, found in seconds.items():
+            found.append(times.median(name))
+    title = f"read + backward of a {shape[0]} × {shape[1]} weight"
+    return Curves(title, "num_svs", at, seconds)
 
 
-def by_layers(setup: Setup) -> Points:
-    """Added time of a training step of a stack of 64 x 64 layers; seconds against depth."""
-    points: Points = {OURS: [], f"{OURS}, update='step'": [], TORCH: []}
+def by_layers(setup: Setup) -> Curves:
+    """Time that a training step of small layers takes longer, against their number."""
+    at = [1, 2] if setup.quick else [1, 2, 4, 8, 16, 32, 64]
+    seconds: dict[str, list[float]] = {OURS: [], OURS_STEPWISE: [], TORCH: []}
     x = torch.randn(8, 64, device=setup.device)
-    for depth in (1, 2) if setup.quick else (1, 2, 4, 8, 16, 32, 64):
-        source = nn.Sequential(*[nn.Linear(64, 64) for _ in range(depth)]).to(setup.device)
+    for depth in at:
+        source = models.stack(depth).to(setup.device)
+        stepwise = peers.ours(update="step")(source)
         runs = {
-            "plain": _step(peers.plain(source), x, 1, False),
-            OURS: _step(peers.ours()(source), x, 1, False),
-            f"{OURS}, update='step'": _step(peers.ours(update="step")(source), x, 1, True),
-            TORCH: _step(peers.torch_parametrization(source), x, 1, False),
+            PLAIN: work.training_step(peers.plain(source), x),
+            OURS: work.training_step(peers.ours()(source), x),
+            OURS_STEPWISE: work.training_step(stepwise, x, update_after_step=True),
+            TORCH: work.training_step(peers.torch_parametrization(source), x),
         }
-        times = interleaved(runs, setup.rounds, setup.device)
-        for name in points:
-            points[name].append((depth, max(times.median(name) - times.median("plain"), 1e-9)))
-    return points
+        times = interleaved(runs, setup.fewer(2), setup.device)
+        for name, found in seconds.items():
+            found.append(median(times.added(name, PLAIN)))
+    return Curves("added to a training step of 64 × 64 layers", "layers", at, seconds)
 
 
-def draw(setup: Setup, path: Path) -> None:
-    """Draw the three curves side by side, relative to snparam at the first point of each."""
+def draw(panels: list[Curves], path: Path) -> None:
+    """Draw the panels side by side; each is in units of snparam's cost at its left end.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    panels = figure.subplots(1, 3)
-    titles = [
-        ("one layer, n x n", "n", by_size(setup)),
-        ("one layer, several singular values", "num_svs", by_values(setup)),
-        ("training step, 64 x 64 layers", "layers", by_layers(setup)),
-    ]
-    for panel, (title, along, points) in zip(panels, titles, strict=True):
-        unit = points[OURS][0][1]
-        for name, curve in points.items():
-            xs, ys = zip(*curve, strict=True)
-            panel.plot(xs, [y / unit for y in ys], marker="o", label=name)
-        panel.set(title=title, xlabel=along, xscale="log", yscale="log")
-        panel.set_xscale("log", base=2)
-        panel.set_ylabel("cost (snparam's at the left = 1)")
-        panel.grid(visible=True, alpha=0.3)
-        panel.legend()
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        unit = panel.seconds[OURS][0]
+        for name, seconds in panel.seconds.items():
+            colour, line, marker = _LOOKS[name]
+            # What is lost in noise (nothing added) has no place on a log axis.
+            heights = [value / unit if value > 0 < unit else float("nan") for value in seconds]
+            axes.plot(panel.at, heights, line, color=colour, marker=marker, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(panel.at, [str(value) for value in panel.at])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+        low, high = axes.get_ylim()
+        if high / low > 30:  # else a decade has too few ticks to read
+            axes.yaxis.set_minor_formatter(lambda _value, _position: "")
+        axes.set(title=panel.title, xlabel=panel.along)
+        axes.set_ylabel(f"time; snparam at {panel.along} = {panel.at[0]} is 1")
+        axes.grid(visible=True, which="both", alpha=0.25)
+        axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

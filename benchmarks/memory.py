@@ -9,13 +9,16 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_extra(run: Callable[[], object], device: str) -> int:
-    """The largest number of bytes that torch holds during a call, less those before.
+    """The most bytes that torch holds at once during a call, less those it held before.
 
-    On a CUDA device, the allocator's own count. On a CPU, from the profiler's record of every
-    allocation and release by torch's allocator, added up in order; temporary memory of the BLAS
-    library is not in it.
+    `run` is called once and should be warm. On a CUDA device the allocator counts. On a CPU the
+    profiler records every allocation and release by torch's allocator, in order, and they are added
+    up; the growth of the process (`VmHWM` of a fresh one) is the same to 1% for large tensors.
+    Buffers that a BLAS library takes for itself are not in it.
+
+    What `run` releases of what was there before lowers the count, so that a gradient of an earlier
+    call should be dropped first.
     """
-    run()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -25,9 +28,12 @@ def peak_extra(run: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
+    assert recorded.profiler is not None
+    results = recorded.profiler.kineto_results
+    assert results is not None
     held = peak = 0
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
     return peak

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class Network(NamedTuple):
+    """A network to measure: how to make it, and the shape of its input."""
+
+    make: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]
+
+
 class Residual(nn.Module):
-    """A residual block: basic (two 3×3) or bottleneck (1×1, 3×3, 1×1)."""
+    """A residual block: basic (two 3×3) or bottleneck (1×1, 3×3, 1×1).
+
+    Source: He et al. 2016, with the stride in the 3×3 convolution.
+    """
 
     def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool) -> None:
         super().__init__()
@@ -22,22 +33,27 @@ class Residual(nn.Module):
             [nn.Conv2d(i, o, k, s, k // 2, bias=False) for i, o, k, s in sizes]
         )
         self.norms = nn.ModuleList([nn.BatchNorm2d(o) for _, o, _, _ in sizes])
-        self.shortcut = (
-            nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            if stride > 1 or inputs != outputs
-            else nn.Identity()
-        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            y = F.relu(norm(conv(y)))
-        return y + self.shortcut(x)
+        """(batch, inputs, height, width) to (batch, outputs, height / stride, width / stride)."""
+        y, last = x, len(self.convs) - 1
+        for number, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            y = norm(conv(y))
+            if number < last:
+                y = F.relu(y)
+        return F.relu(y + self.shortcut(x))
 
 
 def resnet(depths: tuple[int, ...], bottleneck: bool) -> nn.Module:
+    """A residual network with 1000 classes; `depths` are the blocks of each stage."""
     parts: list[nn.Module] = [
         nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
         nn.ReLU(),
         nn.MaxPool2d(3, 2, 1),
     ]
@@ -51,7 +67,7 @@ def resnet(depths: tuple[int, ...], bottleneck: bool) -> nn.Module:
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block of plain linear layers."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
@@ -61,11 +77,13 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, positions, width) to the same shape."""
         b, t, width = x.shape
         qkv = self.qkv(self.first(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(*qkv, is_causal=self.causal)
+        y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=self.causal)
         x = x + self.out(y.transpose(1, 2).reshape(b, t, width))
-        return x + self.down(F.gelu(self.up(self.second(x))))
+        out: Tensor = x + self.down(F.gelu(self.up(self.second(x))))
+        return out
 
 
 class Vit(nn.Module):
@@ -78,31 +96,40 @@ class Vit(nn.Module):
         self.head = nn.Linear(384, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, 3, height, width) to (batch, 1000)."""
         x = self.patches(x).flatten(2).transpose(1, 2)
-        return self.head(self.blocks(x).mean(1))
+        out: Tensor = self.head(self.blocks(x).mean(1))
+        return out
 
 
 def gpt2_blocks() -> nn.Module:
+    """Four blocks of GPT-2's width."""
     return nn.Sequential(*[Block(768, 12, causal=True) for _ in range(4)])
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "ResNet-18": (lambda: resnet((2, 2, 2, 2), bottleneck=False), (8, 3, 64, 64)),
-    "ResNet-50": (lambda: resnet((3, 4, 6, 3), bottleneck=True), (8, 3, 64, 64)),
-    "ViT, 6 x 384": (Vit, (4, 3, 64, 64)),
-    "GPT-2 blocks, 4 x 768": (gpt2_blocks, (2, 64, 768)),
+def stack(depth: int, width: int = 64) -> nn.Module:
+    """Many small layers: what they cost is the number of operations, not the arithmetic."""
+    return nn.Sequential(*[nn.Linear(width, width) for _ in range(depth)])
+
+
+NETWORKS: dict[str, Network] = {
+    "ResNet-18": Network(lambda: resnet((2, 2, 2, 2), bottleneck=False), (8, 3, 64, 64)),
+    "ResNet-50": Network(lambda: resnet((3, 4, 6, 3), bottleneck=True), (8, 3, 64, 64)),
+    "ViT, 6 x 384": Network(Vit, (4, 3, 64, 64)),
+    "GPT-2 blocks, 4 x 768": Network(gpt2_blocks, (2, 64, 768)),
 }
 
 
 def tiny() -> nn.Module:
+    """The network of a quick run."""
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
 
 
-TINY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {"tiny": (tiny, (2, 3, 8, 8))}
+TINY: dict[str, Network] = {"tiny": Network(tiny, (2, 3, 8, 8))}
 
 
 def layer(shape: tuple[int, ...]) -> nn.Module:
     """One layer whose weight has the given shape."""
-    made = nn.Linear(1, 1, bias=False) if len(shape) == 2 else nn.Conv2d(1, 1, 1, bias=False)
-    made.weight = nn.Parameter(torch.randn(shape) * 0.02)
-    return made
+    kind = nn.Linear(1, 1, bias=False) if len(shape) == 2 else nn.Conv2d(1, 1, 1, bias=False)
+    kind.weight = nn.Parameter(torch.randn(shape) * 0.02)
+    return kind

@@ -1,46 +1,68 @@
-"""Printing, recording and drawing what was measured."""
+"""Printing and recording what was measured."""
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import snparam
 from snparam.tables import aligned
 
-from .cases import Row, Setup
+from .curves import Curves
+from .rows import Row, Setup
 
-COMMAND = "python -m benchmarks --record"
+_HEADER = ["case", "against", "reach", "ratio", "quartiles", ""]
 
 
 def table(rows: Sequence[Row]) -> str:
     """An aligned table of ratios; bare times are in the JSON only."""
-    header = ["case", "against", "ratio", "quartiles", "reach", ""]
-    lines = [
-        [
-            row.case,
-            row.against,
-            f"{row.ratio:.2f}",
-            f"{row.low:.2f} to {row.high:.2f}",
-            (">= " if row.faster else "<= ") + f"{row.reach:.2f}",
-            "met" if row.met else "short",
-        ]
-        for row in rows
+    return aligned(_HEADER, [_cells(row) for row in rows])
+
+
+def notes(rows: Sequence[Row]) -> str:
+    """What was checked on the way, a line each."""
+    return "\n".join(f"{row.case}: {row.note}" for row in rows if row.note)
+
+
+def line(row: Row) -> str:
+    """One row by itself."""
+    _, against, reach, ratio, quartiles, verdict = _cells(row)
+    wanted = f"; {reach} wanted: {verdict}" if verdict else ""
+    return f"{row.case}, against {against}: {ratio} [{quartiles}]{wanted}"
+
+
+def _cells(row: Row) -> list[str]:
+    sign = ">=" if row.faster else "<="
+    return [
+        row.case,
+        row.against,
+        "" if row.reach is None else f"{sign} {_number(row.reach)}",
+        _number(row.ratio.median),
+        f"{_number(row.ratio.low)} to {_number(row.ratio.high)}",
+        row.verdict,
     ]
-    return aligned(header, lines)
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "?"
+    # Near 1 the targets are percents.
+    return f"{value:.3f}" if 0.9 < value < 1.1 else f"{value:.2f}"
 
 
 def machine(setup: Setup) -> dict[str, str]:
-    """What it ran on: kind of machine and versions, no names."""
+    """What it ran on: kind of machine and versions, no names and no paths."""
     found = {
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
-        "system": f"{platform.system()} {platform.machine()}",
+        "system": " ".join([platform.system(), platform.machine(), *platform.libc_ver()]).strip(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "snparam": snparam.__version__,
@@ -48,24 +70,85 @@ def machine(setup: Setup) -> dict[str, str]:
     }
     if setup.device == "cuda":
         found["device"] = torch.cuda.get_device_name()
+        found["cuda"] = str(torch.version.cuda)
     return found
 
 
-def record(rows: Sequence[Row], setup: Setup, folder: Path) -> Path:
-    """Write the table and the numbers behind it, one pair of files for each kind of machine."""
-    folder.mkdir(parents=True, exist_ok=True)
-    kind = "cuda" if setup.device == "cuda" else f"cpu-{torch.get_num_threads()}-threads"
-    path = folder / f"{kind}.md"
+def kind(setup: Setup) -> str:
+    """What results of this kind of machine are filed under."""
+    if setup.device == "cuda":
+        name = torch.cuda.get_device_name().lower()
+        return "cuda-" + "-".join("".join(c if c.isalnum() else " " for c in name).split())
+    return f"cpu-{torch.get_num_threads()}-threads"
+
+
+def as_data(
+    rows: Sequence[Row], panels: Sequence[Curves], setup: Setup, command: str
+) -> dict[str, Any]:
+    """Everything measured, with raw medians, for JSON."""
+    return {
+        "command": command,
+        "machine": machine(setup),
+        "rows": [
+            {
+                "case": row.case,
+                "against": row.against,
+                "ratio": _or_none(row.ratio.median),
+                "quartiles": [_or_none(row.ratio.low), _or_none(row.ratio.high)],
+                "reach": row.reach,
+                "faster": row.faster,
+                "verdict": row.verdict,
+                "unit": row.unit,
+                "medians": row.medians,
+                "note": row.note,
+            }
+            for row in rows
+        ],
+        "curves": [asdict(panel) for panel in panels],
+    }
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write `as_data`'s answer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def write_markdown(path: Path, rows: Sequence[Row], setup: Setup, command: str) -> None:
+    """Write the table, with what it ran on and the command that made it."""
     about = "\n".join(f"- {key}: {value}" for key, value in machine(setup).items())
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f"# {kind}\n\nMade by `{COMMAND}`. Ratios of times in the same rounds: medians over "
-        "rounds, with quartiles.\nRows of added time are ratios of differences from the "
-        f"unconverted model.\n\n{about}\n\n```text\n{table(rows)}\n```\n",
+        f"""\
+# {path.stem}
+
+Made by `{command}`.
+
+Ratios of costs in the same rounds, medians over rounds with their quartiles. `>=`: the other's time
+by snparam's. `<=`: snparam's by the other's. Rows of added time divide differences from the
+unconverted model. Rows without a target are for looking. Medians of each are in
+[{path.stem}.json]({path.stem}.json).
+
+{about}
+
+```text
+{table(rows)}
+```
+
+Checked in the same run:
+
+```text
+{notes(rows)}
+```
+
+![Cost against layer size, num_svs and number of layers]({path.stem}.png)
+""",
         encoding="utf-8",
     )
-    data = {"machine": machine(setup), "rows": [asdict(row) for row in rows]}
-    path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    return path
 
 
 def _processor() -> str:
@@ -73,5 +156,5 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = [text.partition(":")[2].strip() for text in lines if text.startswith("model name")]
     return f"{names[0]}, {len(names)} logical cores" if names else platform.processor()

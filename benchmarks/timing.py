@@ -1,15 +1,30 @@
-"""Interleaved timing: every round runs every contender once, in an order that rotates."""
+"""Interleaved timing: every round runs every contender, in an order that rotates."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 WARM_UP = 3
+
+# A sample shorter than this is repeated until it is not: below, the clock and the caches of whoever
+# ran before weigh as much as what is measured.
+SHORTEST_SAMPLE = 5e-3
+MOST_REPEATS = 100
+
+
+class Spread(NamedTuple):
+    """A median over rounds and its quartiles."""
+
+    median: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -19,47 +34,83 @@ class Times:
     rounds: dict[str, list[float]]
 
     def median(self, name: str) -> float:
+        """Seconds of one contender."""
         return statistics.median(self.rounds[name])
 
-    def ratio(
-        self, above: Callable[[dict[str, float]], float], below: Callable[[dict[str, float]], float]
-    ) -> tuple[float, float, float]:
-        """Median and quartiles, over rounds, of one function of a round's times by another."""
-        names = list(self.rounds)
-        each = []
-        for values in zip(*self.rounds.values(), strict=True):
-            times = dict(zip(names, values, strict=True))
-            each.append(above(times) / max(below(times), 1e-12))
-        low, middle, high = statistics.quantiles(each, n=4)
-        return middle, low, high
+    def medians(self) -> dict[str, float]:
+        """Seconds of each contender."""
+        return {name: self.median(name) for name in self.rounds}
+
+    def added(self, name: str, base: str) -> list[float]:
+        """By how much a contender took longer than another, round by round."""
+        return [a - b for a, b in zip(self.rounds[name], self.rounds[base], strict=True)]
+
+    def ratio(self, above: str, below: str) -> Spread:
+        """Median and quartiles of the ratio of two contenders in the same round."""
+        pairs = zip(self.rounds[above], self.rounds[below], strict=True)
+        return spread([a / b for a, b in pairs])
+
+    def ratio_of_added(self, above: str, below: str, base: str) -> Spread:
+        """Time that one contender adds to `base`, over the time that another adds.
+
+        The medians of the differences within a round are divided: a difference of two long steps
+        is noisy, and a ratio of two such differences has no mean. The quartiles are those of
+        `above`'s differences over the same divisor. NaN where one of the two medians is not above
+        zero: what is measured is then smaller than the noise.
+        """
+        unit = statistics.median(self.added(below, base))
+        if unit <= 0:
+            return Spread(math.nan, math.nan, math.nan)
+        found = spread([extra / unit for extra in self.added(above, base)])
+        return found if found.median > 0 else found._replace(median=math.nan)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of values, of which one is enough."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(middle, low, high)
 
 
 def interleaved(
-    contenders: dict[str, Callable[[], object]], rounds: int, device: str, repeat: int = 1
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: str,
+    warm_up: int = WARM_UP,
 ) -> Times:
-    """Time each contender `rounds` times, each time the mean of `repeat` calls in a row."""
+    """Time every contender in every round, after `warm_up` calls of each.
+
+    In each round the next contender goes first. A sample is the mean over as many calls in a row
+    as the fastest contender needs to reach `SHORTEST_SAMPLE`; that number is the same for all.
+    """
     for run in contenders.values():
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             run()
+    shortest = min(_sample(run, device, 1) for run in contenders.values())
+    repeat = min(MOST_REPEATS, max(1, math.ceil(SHORTEST_SAMPLE / max(shortest, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            times[name].append(_once(contenders[name], device, repeat))
+            times[name].append(_sample(contenders[name], device, repeat))
     return Times(times)
 
 
-def _once(run: Callable[[], object], device: str, repeat: int) -> float:
+def _sample(run: Callable[[], object], device: str, repeat: int) -> float:
+    """Seconds per call, over `repeat` calls in a row; by events on a CUDA device."""
     if device != "cuda":
         start = time.perf_counter()
         for _ in range(repeat):
             run()
         return (time.perf_counter() - start) / repeat
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    make_event: Any = torch.cuda.Event
+    begin, end = make_event(enable_timing=True), make_event(enable_timing=True)
+    torch.cuda.synchronize()  # so that nothing queued before hides what launching costs
     begin.record()
     for _ in range(repeat):
         run()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3 / repeat
+    return float(begin.elapsed_time(end)) / 1e3 / repeat

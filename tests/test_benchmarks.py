@@ -3,67 +3,188 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import __main__, peers
+from benchmarks import __main__, cases, models, peers, timing, work
 from benchmarks.memory import peak_extra
-from benchmarks.timing import WARM_UP, interleaved
+from benchmarks.rows import Row
+from benchmarks.timing import WARM_UP, Spread, Times, interleaved
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("matplotlib", reason="draws with matplotlib, extra `plot`")
     folder = tmp_path_factory.mktemp("results")
-    arguments = ["--quick", "--rounds", "4", "--record", "--results", str(folder)]
+    arguments = ["--quick", "--record", "--results", str(folder), "--json", str(folder / "a/b.js")]
     assert __main__.main(arguments) == 0
     return folder
 
 
-def test_every_case_is_in_the_results_as_a_ratio(recorded: Path) -> None:
-    (data,) = recorded.glob("*.json")
-    cases = [row["case"] for row in json.loads(data.read_text())["rows"]]
-    for part in (
-        "read + backward",
-        "num_svs=8",
-        "training step",
-        "update='step', 4 passes",
-        "eval, baked",
-        "eval, cached",
-        "training after restore",
-        "peak extra memory",
-        "converting",
-    ):
-        assert any(part in case for case in cases), part
+@pytest.fixture
+def data(recorded: Path) -> dict[str, Any]:
+    (path,) = recorded.glob("*.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("case", "against", "reach"),
+    [
+        ("read + backward, 16x16x3x3", "torch's parametrization", 3),
+        ("read + backward, 16x16x3x3", "torch's hook", None),
+        ("read + backward, 8x8", "torch's parametrization", 1.5),
+        ("iteration, num_svs=4", "sequential Gram-Schmidt", None),
+        ("iteration, num_svs=8", "sequential Gram-Schmidt", 5),
+        ("read + backward, num_svs=8", "sequential Gram-Schmidt", None),
+        ("training step", "added by torch's", 1 / 3),
+        ("update='step', 4 passes", "added by torch's", 1 / 5),
+        ("eval, baked", "unconverted", 1.02),
+        ("eval, cached", "unconverted", 1.03),
+        ("training after restore", "unconverted", 1.02),
+        ("peak extra memory", "torch's parametrization", 0.6),
+        ("converting", "float64 svdvals of each", 4),
+    ],
+)
+def test_every_case_is_in_the_results_as_a_ratio(
+    recorded: Path, data: dict[str, Any], case: str, against: str, reach: float | None
+) -> None:
+    (row,) = [r for r in data["rows"] if r["case"].startswith(case) and r["against"] == against]
+    assert row["reach"] == reach
+    assert len(row["medians"]) >= 2
+    assert all(median > 0 for median in row["medians"].values())
     (table,) = recorded.glob("*.md")
-    text = table.read_text()
-    assert all(case in text for case in cases)
-    assert "torch: " + torch.__version__ in text
-    assert "python -m benchmarks --record" in text
-    assert str(Path.home()) not in text
+    assert row["case"] in table.read_text()
 
 
-def test_the_picture_is_not_blank(recorded: Path) -> None:
-    image = pytest.importorskip("matplotlib.image", reason="draws with matplotlib, extra `plot`")
+def test_the_shapes_and_networks_are_the_promised_ones() -> None:
+    assert cases.LARGE == [(256, 256, 3, 3), (512, 512, 3, 3), (4096, 1024), (50257, 768)]
+    assert cases.SMALL == [(64, 64), (192, 192)]
+    assert cases.MATRICES == [(512, 4608), (2048, 512), (4096, 1024)]
+    assert cases.COUNTS == [4, 8, 16]
+    inputs = {name: network.input_shape for name, network in models.NETWORKS.items()}
+    assert inputs["ResNet-18"] == inputs["ResNet-50"] == (8, 3, 64, 64)
+    assert [shape for name, shape in inputs.items() if name.startswith("ViT")] == [(4, 3, 64, 64)]
+    assert any(name.startswith("GPT-2") for name in inputs)
+
+
+@pytest.mark.parametrize(("name", "size"), [("ResNet-18", 11_689_512), ("ResNet-50", 25_557_032)])
+def test_residual_networks_have_as_many_parameters_as_torchvision_s(name: str, size: int) -> None:
+    with torch.device("meta"):
+        network = models.NETWORKS[name].make()
+        assert sum(parameter.numel() for parameter in network.parameters()) == size
+        assert network(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
+
+
+def test_results_say_how_they_were_made_and_nothing_of_where(
+    recorded: Path, data: dict[str, Any]
+) -> None:
+    assert data["command"] == "python -m benchmarks --quick --record"
+    assert data["machine"]["torch"] == torch.__version__
+    assert data["machine"]["rounds"] == "1"
+    for path in recorded.glob("*.*"):
+        if path.suffix in (".md", ".json"):
+            text = path.read_text()
+            assert "python -m benchmarks --quick --record" in text
+            assert str(Path.home()) not in text
+            assert str(recorded) not in text
+    assert json.loads((recorded / "a/b.js").read_text()) == data
+
+
+def test_the_picture_shows_all_three_curves(recorded: Path, data: dict[str, Any]) -> None:
+    image = pytest.importorskip("matplotlib.image")
     (path,) = recorded.glob("*.png")
     assert image.imread(path).std() > 0.05
+    assert [panel["along"] for panel in data["curves"]] == ["n", "num_svs", "layers"]
+    for panel in data["curves"]:
+        assert {len(seconds) for seconds in panel["seconds"].values()} == {len(panel["at"])}
 
 
-def test_contenders_alternate_and_take_turns_at_being_first() -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--record", "--only", "layers"],
+        ["--record", "--quick"],
+        ["--rounds", "0"],
+        ["--only", "nothing"],
+        pytest.param(
+            ["--device", "cuda"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device"),
+        ),
+    ],
+)
+def test_what_would_spoil_results_is_refused_before_measuring(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        __main__.main(arguments)
+    assert exit_.value.code == 2
+
+
+def test_help_says_that_no_cuda_device_has_run_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        __main__.main(["--help"])
+    assert "not been run on a CUDA device" in " ".join(capsys.readouterr().out.split())
+
+
+def test_contenders_alternate_and_take_turns_at_being_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timing, "SHORTEST_SAMPLE", 0.0)
     calls: list[str] = []
-    runs = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    runs: dict[str, Callable[[], None]] = {n: (lambda n=n: calls.append(n)) for n in "abc"}
     times = interleaved(runs, rounds=3, device="cpu")
-    assert calls[3 * WARM_UP :] == list("abcbcacab")
+    warm = 3 * WARM_UP + 3  # and one call of each to choose the number of repeats
+    assert calls[warm:] == list("abcbcacab")
     assert {name: len(found) for name, found in times.rounds.items()} == dict.fromkeys("abc", 3)
+
+
+def test_short_work_is_repeated_equally_often_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) * 1e-3)
+    calls = {"a": 0, "b": 0}
+
+    def count(name: str) -> None:
+        calls[name] += 1
+
+    interleaved({"a": lambda: count("a"), "b": lambda: count("b")}, 2, "cpu", warm_up=0)
+    assert calls == {"a": 1 + 2 * 5, "b": 1 + 2 * 5}  # a sample of one call is 1 ms, wanted are 5
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    times = Times({"plain": [1, 10, 5], "a": [3, 14, 8], "b": [5, 18, 11]})
+    low, middle, high = sorted([5 / 3, 18 / 14, 11 / 8])
+    expected = Spread(middle, (low + middle) / 2, (middle + high) / 2)
+    assert times.ratio("b", "a") == pytest.approx(expected)
+    assert times.ratio_of_added("a", "b", "plain") == pytest.approx((3 / 6, 2.5 / 6, 3.5 / 6))
+    assert math.isnan(times.ratio_of_added("a", "plain", "b").median)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "reach", "faster", "verdict"),
+    [
+        (3.1, 3.0, True, "met"),
+        (2.9, 3.0, True, "short"),
+        (0.3, 1 / 3, False, "met"),
+        (0.4, 1 / 3, False, "short"),
+        (math.nan, 1 / 3, False, "unclear"),
+        (2.0, None, True, ""),
+    ],
+)
+def test_verdicts(ratio: float, reach: float | None, faster: bool, verdict: str) -> None:
+    row = Row("case", "other", Spread(ratio, ratio, ratio), reach, faster, {})
+    assert row.verdict == verdict
 
 
 @pytest.mark.parametrize("num_svs", [1, 4])
 def test_the_sequential_peer_gives_the_same_weight_and_gradient(num_svs: int) -> None:
     source = nn.Linear(7, 9, dtype=torch.float64)
-    ours = peers.ours(num_svs)(source)
-    other = peers.sequential(num_svs)(source)
+    ours: Any = peers.ours(num_svs)(source)
+    other: Any = peers.sequential(num_svs)(source)
     grad = torch.randn(9, 7, dtype=torch.float64)
     ours.parametrizations.weight[0].u.copy_(other.parametrizations.weight[0].u[None])
     for _ in range(5):
@@ -72,6 +193,22 @@ def test_the_sequential_peer_gives_the_same_weight_and_gradient(num_svs: int) ->
         (into_a,) = torch.autograd.grad(a, ours.parametrizations.weight.original, grad)
         (into_b,) = torch.autograd.grad(b, other.parametrizations.weight.original, grad)
         torch.testing.assert_close(into_a, into_b)
+        torch.testing.assert_close(
+            ours.parametrizations.weight[0].u[0], other.parametrizations.weight[0].u
+        )
+        torch.testing.assert_close(
+            ours.parametrizations.weight[0].sv[0], other.parametrizations.weight[0].sv
+        )
+
+
+def test_iterations_that_differ_are_noticed() -> None:
+    source = nn.Linear(7, 9)
+    block, vectors = peers.ours(2)(source), peers.sequential(2)(source)
+    assert peers.check_same_numbers(block, vectors).sv < 1e-5
+    with torch.no_grad():
+        vectors.parametrizations["weight"].original.mul_(1.01)  # type: ignore[index]
+    with pytest.raises(AssertionError, match="the two iterations differ"):
+        peers.check_same_numbers(block, vectors)
 
 
 def test_peers_normalise_every_layer() -> None:
@@ -85,6 +222,27 @@ def test_peers_normalise_every_layer() -> None:
     assert all(
         "weight_orig" in layer._parameters for layer in peers.layers(peers.torch_hook(source))
     )
+
+
+@pytest.mark.parametrize(
+    "convert", [peers.ours(), peers.torch_parametrization, peers.torch_hook, peers.sequential(1)]
+)
+def test_reading_and_going_backward_moves_every_peer_and_leaves_no_gradient(
+    convert: peers.Convert,
+) -> None:
+    layer = convert(nn.Linear(6, 5, bias=False))
+    (u,) = [b for name, b in layer.named_buffers() if name.endswith(("u", "weight_u", "_u"))]
+    u.copy_(torch.nn.functional.normalize(torch.ones_like(u), dim=-1))
+    before = u.clone()
+    (parameter,) = layer.parameters()
+    gradients: list[torch.Tensor] = []
+    parameter.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
+    run = work.read_and_backward(layer, torch.randn(5, 6))
+    run()
+    run()
+    assert not torch.equal(u, before)
+    assert [bool(gradient.any()) for gradient in gradients] == [True, True]
+    assert parameter.grad is None
 
 
 def test_peak_memory_counts_what_is_held_at_once() -> None:
