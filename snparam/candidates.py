@@ -72,9 +72,8 @@ class Candidate:
         problem = _under_spectral(spectral) if spectral and not replace else _obstacle(weight)
         view = None
         if problem is None:
-            blocks = weight.layout.natural if settings.blocks == "auto" else settings.blocks or 1
             try:
-                view = weight.layout.view(_tensor(weight).shape, blocks)
+                view = weight.layout.view(_tensor(weight).shape, settings.blocks)
             except ValueError as error:
                 problem = Problem(str(error), "choose blocks that divide the rows")
         return cls(weight, settings, label, view, problem, spectral)

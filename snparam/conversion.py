@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -29,10 +29,12 @@ from .plan import (
 )
 from .registration import attach_all, check_alone, detach, read_as_eval
 from .saving import save_as_before, save_plain
-from .scopes import close_scope, norm_on, norms_of, open_scope
+from .scopes import close_scope, norm_on, norms_of, open_scopes
 from .selection import Filter, Selection, Selectors
 from .sharded import is_fully_sharded
 from .takeover import take_off
+from .tying import tie_as_before, tie_normalised
+from .undoing import all_or_nothing
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
@@ -46,6 +48,7 @@ def plan_conversion(
     include: Selectors = None,
     exclude: Selectors = None,
     filter_fn: Filter | None = None,
+    preset: str | None = None,
     replace: bool = True,
     progress: bool | None = None,
     **options: Unpack[Options],
@@ -62,6 +65,10 @@ def plan_conversion(
             (the default) includes everything.
         exclude: the same, for what is left alone; it wins over `include`.
         filter_fn: `filter_fn(module, qualified_name) -> bool`, True means convert.
+        preset: the name of a choice of what is left alone, see docs/presets.md:
+            "gan-discriminator", "gan-generator", "keep-head", "attention", "sigma-reparam" or
+            "sngp". `include`, `exclude` and `filter_fn` leave out more. None (the default) leaves
+            out nothing.
         replace: whether to take over weights that are under torch's own spectral norm
             (`parametrizations.spectral_norm` or the deprecated hook), with the same Parameter and
             its u, instead of skipping them. Default True. Weights that are parametrized otherwise
@@ -74,12 +81,13 @@ def plan_conversion(
         The plan, a list of rows; `print(plan)` shows it as a table.
 
     Raises:
-        ValueError: if a pattern or type matches nothing, or an option is out of range.
+        ValueError: if a pattern or type matches nothing, a preset is unknown or finds nothing to
+            leave alone, or an option is out of range.
         TypeError: for an unknown option or a selector of a wrong type.
         ImportError: if `progress=True` and tqdm is not installed.
     """
     settings = settings_from(num_svs, num_itrs, options)
-    selection = Selection.of(include, exclude, filter_fn, model)
+    selection = Selection.of(include, exclude, filter_fn, model, preset)
     sites = list(sites_of(model, settings, replace))
     together: dict[int, list[Site]] = {}
     for site in sites:
@@ -102,6 +110,7 @@ def convert_model(
     include: Selectors = None,
     exclude: Selectors = None,
     filter_fn: Filter | None = None,
+    preset: str | None = None,
     replace: bool = True,
     progress: bool | None = None,
     **options: Unpack[Options],
@@ -121,6 +130,10 @@ def convert_model(
             (the default) includes everything.
         exclude: the same, for what is left alone; it wins over `include`.
         filter_fn: `filter_fn(module, qualified_name) -> bool`, True means convert.
+        preset: the name of a choice of what is left alone, see docs/presets.md:
+            "gan-discriminator", "gan-generator", "keep-head", "attention", "sigma-reparam" or
+            "sngp". `include`, `exclude` and `filter_fn` leave out more. None (the default) leaves
+            out nothing.
         replace: whether to take over weights that are under torch's own spectral norm
             (`parametrizations.spectral_norm` or the deprecated hook), with the same Parameter and
             its u, instead of skipping them. Default True. Weights that are parametrized otherwise
@@ -136,8 +149,9 @@ def convert_model(
         UserWarning: if nothing was converted, with the module types seen.
 
     Raises:
-        ValueError: if a pattern or type matches nothing, an option is out of range, or a weight to
-            be converted has NaN or inf; the model is then as it was.
+        ValueError: if a pattern or type matches nothing, a preset is unknown or finds nothing to
+            leave alone, an option is out of range, or a weight to be converted has NaN or inf; the
+            model is then as it was.
         TypeError: for an unknown option or a selector of a wrong type.
         ImportError: if `progress=True` and tqdm is not installed.
     """
@@ -148,6 +162,7 @@ def convert_model(
         include=include,
         exclude=exclude,
         filter_fn=filter_fn,
+        preset=preset,
         replace=replace,
         progress=progress,
         **options,
@@ -157,8 +172,11 @@ def convert_model(
         raise ValueError("\n".join(row.reason for row in refused))
     if not plan.to_convert and not any(row.reason == ALREADY for row in plan):
         warnings.warn(_nothing_converted(model, plan), UserWarning, stacklevel=2)
-    _carry_out(plan)
-    save_plain(model, restore_model)
+    with all_or_nothing(model.modules()):
+        _carry_out(plan)
+        open_scopes(model)
+        save_plain(model, restore_model)
+        tie_normalised(model)
     return model
 
 
@@ -184,11 +202,13 @@ def restore_model(model: _ModuleT, bake: bool = True) -> _ModuleT:
     if bake:
         check_shared(model)
     values = [read_as_eval(module, tensor) if bake else None for module, tensor in carriers]
-    for (module, tensor), value in zip(carriers, values, strict=True):
-        detach(module, tensor, value)
-    for module in model.modules():
-        close_scope(module)
-    save_as_before(model)
+    with all_or_nothing(model.modules()):
+        for (module, tensor), value in zip(carriers, values, strict=True):
+            detach(module, tensor, value)
+        for module in model.modules():
+            close_scope(module)
+        save_as_before(model)
+        tie_as_before(model)
     return model
 
 
@@ -312,24 +332,10 @@ def _carry_out(plan: ConversionPlan) -> None:
         if key not in norms:
             norms[key] = row.shares or candidate.make(row.estimate)
         pairs.append((candidate, norms[key]))
-    _replace_all(pairs)
-    for row in rows:
-        if row.site.reader is not None:
-            open_scope(row.site.reader)
-
-
-def _replace_all(pairs: list[tuple[Candidate, SpectralNorm]]) -> None:
-    """Take off what is taken over and attach each, or, if one fails, leave all as it was."""
-    undo: list[Callable[[], None]] = []
-    try:
-        for candidate, _ in pairs:
-            if candidate.spectral is not None:
-                undo.append(take_off(candidate.spectral))
-        attach_all(pairs)
-    except BaseException:
-        for put_back in reversed(undo):
-            put_back()
-        raise
+    for candidate, _ in pairs:
+        if candidate.spectral is not None:
+            take_off(candidate.spectral)
+    attach_all(pairs)
 
 
 def _nothing_converted(model: nn.Module, plan: ConversionPlan) -> str:

@@ -214,6 +214,7 @@ def _load_digits(seed: int) -> _Digits:
 
 def _vision_transformer() -> nn.Module:
     """A vision transformer for 8 × 8 images in one channel: 16 patches, three layers."""
+    _hide_broken_torchvision()
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
@@ -228,6 +229,19 @@ def _vision_transformer() -> nn.Module:
     )
     model: nn.Module = ViTForImageClassification(config)
     return model
+
+
+def _hide_broken_torchvision() -> None:
+    """Let transformers do without a torchvision that was built for another torch.
+
+    It is not needed here, but would be imported for being installed.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    except RuntimeError:  # "operator torchvision::nms does not exist"
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
 
 
 def _train(model: nn.Module, digits: _Digits, epochs: int, say: _Narrator) -> _Training:

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .takeover import hooked
+from . import thirdparty
+from .rows import LayerType, layout_in
+from .takeover import hook_behind, hooked
 from .views import Layout
-
-LayoutOf = Layout | Callable[[nn.Module], Layout]
-
-
-@dataclass(frozen=True)
-class LayerType:
-    """One row of the table.
-
-    Attributes:
-        types: module types; subclasses count.
-        weights: tensor name (a glob; dotted for a submodule that the layer reads directly) to the
-            layout of that tensor in a given module.
-        obstacle: for a given module, why its weight cannot be normalised, or None.
-        overrides: class attributes for converted modules of this type, where the type keeps
-            references to its weights instead of reading its attributes.
-        restored: called on a module of this type once it is an ordinary one again.
-    """
-
-    types: tuple[type[nn.Module], ...]
-    weights: Mapping[str, LayoutOf]
-    obstacle: Callable[[nn.Module], str | None] | None = None
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    restored: Callable[[nn.Module], None] | None = None
-
 
 _rows = Layout("rows")
 
@@ -105,6 +83,9 @@ TABLE: list[LayerType] = [
     *_recurrent(nn.GRU, nn.GRUCell, 3),
 ]
 
+# Rows that users add, the last first: see `register_layer_type`.
+USER_ROWS: list[LayerType] = []
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -131,24 +112,29 @@ class Weight:
 
 
 def layer_type(module: nn.Module) -> LayerType | None:
-    """The row of the table for a module, or None."""
-    for row in TABLE:
-        if isinstance(module, row.types):
-            return row
+    """The row of the table for a module, or None.
+
+    That of its own class, or else of the nearest class that it derives from. The classes that
+    parametrizations and FSDP put in front of a module's own are in no table, and so are passed by.
+    """
+    for cls in type(module).__mro__:
+        for row in (*USER_ROWS, *TABLE, *thirdparty.ROWS):
+            if row.is_for(cls):
+                return row
     return None
 
 
 def weights_of(module: nn.Module) -> list[Weight]:
     """The weights that the table lists for a module and that the module has."""
     row = layer_type(module)
-    if row is None:
+    if row is None or not row.weights:
         return []
     obstacle = row.obstacle(module) if row.obstacle is not None else None
     return [
         Weight(
             owner=module.get_submodule(path.rpartition(".")[0]),
             path=path,
-            layout=layout if isinstance(layout, Layout) else layout(module),
+            layout=layout_in(layout, module),
             obstacle=obstacle,
         )
         for pattern, layout in row.weights.items()
@@ -157,18 +143,45 @@ def weights_of(module: nn.Module) -> list[Weight]:
     ]
 
 
+def note_on(path: Sequence[tuple[str, nn.Module]], tensor_name: str) -> Layout | str | None:
+    """What the modules around a tensor know about it: its layout, why to leave it alone, or None.
+
+    Args:
+        path: qualified names and modules from the root to the tensor's owner, both included.
+        tensor_name: name of the tensor in its owner.
+    """
+    full = f"{path[-1][0]}.{tensor_name}" if path[-1][0] else tensor_name
+    for name, module in reversed(path):
+        row = layer_type(module)
+        if row is None or not row.inside:
+            continue
+        below = full[len(name) + 1 :] if name else full
+        for pattern, note in row.inside.items():
+            if fnmatchcase(below, pattern):
+                if note is None or isinstance(note, str):
+                    return note
+                return layout_in(note, module)
+    return None
+
+
 def weight_named(module: nn.Module, name: str) -> Weight:
     """The tensor `name` of a module, by the table's layout where the table knows it.
 
     Raises:
         ValueError: if the module has no such tensor, with the names it has.
+        TypeError: if it is quantised.
     """
+    if is_packed(module):
+        raise TypeError(packed_message(module))
     for weight in weights_of(module):
         if weight.path == name:
             return weight
     if name in _tensor_paths(module):
         owner, _, _ = name.rpartition(".")
         return Weight(module.get_submodule(owner), name, Layout("bare"))
+    hook = hook_behind(module, f"{name}_v")
+    if hook is not None:
+        raise ValueError(f"{name!r} of {type(module).__name__} is under {hook}; remove that first")
     known = [path for path, tensor in _tensors(module) if tensor is None or tensor.ndim >= 2]
     raise ValueError(
         f"{type(module).__name__} has no parameter or buffer named {name!r}; "
@@ -177,8 +190,17 @@ def weight_named(module: nn.Module, name: str) -> Weight:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether a module keeps its weight packed behind a method, as quantised modules do."""
-    return callable(getattr(type(module), "weight", None))
+    """Whether a module keeps its weights packed, out of reach, as torch's quantised ones do."""
+    if not any("quantized" in cls.__module__.split(".") for cls in type(module).__mro__):
+        return False
+    cell, recurrent = "_packed_weight_ih" in vars(module), "_all_weight_values" in module._modules
+    return callable(getattr(type(module), "weight", None)) or cell or recurrent
+
+
+def packed_message(module: nn.Module) -> str:
+    """What to say of a quantised module."""
+    kind = type(module).__name__
+    return f"{kind} is quantised: its weight is packed; convert before quantising"
 
 
 def _tensor_paths(module: nn.Module) -> list[str]:

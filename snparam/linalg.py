@@ -147,7 +147,7 @@ def orthonormal_rows(x: Tensor, eps: float = 0.0) -> Tensor:
     scale = None
     if x.is_complex():  # LAPACK's complex QR makes NaN of subnormal numbers, its real one does not
         parts = torch.view_as_real(x.resolve_conj())
-        largest = parts.abs().amax((-3, -2, -1), keepdim=True)
+        largest = parts.abs().amax((-2, -1), keepdim=True)
         parts = parts / torch.where(largest > 0, largest, 1.0)
         x, scale = torch.view_as_complex(parts), largest[..., 0, 0]
     q, r = torch.linalg.qr(x.mT)
@@ -250,7 +250,10 @@ def _unit(x: Tensor, eps: float, instead: float) -> tuple[Tensor, Tensor]:
     """
     wide = x.dtype if x.device.type == "mps" else _wide(x.dtype)  # which has no float64
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).to(real_dtype(x.dtype))
-    x = x.div_(norm)
+    if x.is_complex():  # by parts: complex division takes reciprocals, which overflow first
+        torch.view_as_real(x).div_(norm.unsqueeze(-1))
+    else:
+        x = x.div_(norm)
     if eps > 0:
         x = x.mul_((norm / eps).clamp_max(1.0))
     if x.is_complex():  # NaN is replaced in the real and in the imaginary part, each by itself

@@ -178,6 +178,11 @@ class SpectralNorm(nn.Module):
         """Begin or end a stretch in which no read moves the state; stretches nest."""
         self._frozen += 1 if on else -1
 
+    @property
+    def moves(self) -> bool:
+        """Whether a forward now moves the state."""
+        return self.training and self.settings.update == "forward" and not self._frozen
+
     def store(self, estimate: Estimate, weight: Tensor) -> None:
         """Take over what `update` computed for the weight as it is now."""
         self.weight_id = id(weight)

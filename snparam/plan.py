@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .candidates import Candidate, is_lazy
-from .layers import is_packed, weights_of
+from .layers import Weight, is_packed, layer_type, note_on, weights_of
 from .options import Settings
 from .parametrization import SpectralNorm
 from .scopes import norms_of
 from .tables import aligned
 from .takeover import hook_behind, hooked, kind_on
+from .views import Layout
 
 CONVERT, SKIP, REFUSE = "convert", "skip", "refuse"
 ALREADY = "already normalised"
@@ -55,14 +56,6 @@ class Site:
     def weight_name(self) -> str:
         """Qualified name of the weight."""
         return f"{self.name}.{self.tensor}" if self.name else self.tensor
-
-    @property
-    def reader(self) -> nn.Module | None:
-        """The module around the owner that has a forward, and so may read the weight itself."""
-        for _, module in reversed(self.path[:-1]):
-            if not isinstance(module, nn.ModuleList | nn.ModuleDict):
-                return None if isinstance(module, nn.Sequential) else module
-        return None
 
 
 @dataclass(frozen=True)
@@ -162,6 +155,13 @@ def sites_of(model: nn.Module, settings: Settings, replace: bool = False) -> Ite
                 continue
             shape = () if is_lazy(tensor) else tuple(tensor.shape)
             weight = listed.get(tensor_name)
+            note = note_on(path, tensor_name)
+            if isinstance(note, str):
+                yield Site(path, tensor_name, id(tensor), shape, None, note)
+                continue
+            if isinstance(note, Layout):
+                obstacle = None if weight is None else weight.obstacle
+                weight = Weight(module, tensor_name, note, obstacle)
             if weight is not None:
                 label = f"'{prefix}{tensor_name}'"
                 candidate = Candidate.of(weight, settings, label, replace)
@@ -225,4 +225,8 @@ def _not_listed(module: nn.Module, tensor_name: str) -> str:
         return f"a part of {kind_on(module, tensor_name.split('.')[1])}"
     if isinstance(module.__dict__.get("weight"), Tensor) and weights_of(module) == []:
         return "its 'weight' is computed by a hook (weight_norm, or the old spectral_norm)"
-    return f"{parametrize.type_before_parametrizations(module).__name__} is not in the layer table"
+    kind = parametrize.type_before_parametrizations(module).__name__
+    row = layer_type(module)
+    if row is not None and row.weights:
+        return f"no weight of {kind} by the layer table"
+    return f"{kind} is not in the layer table"

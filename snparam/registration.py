@@ -12,11 +12,14 @@ from typing_extensions import Unpack
 
 from .candidates import Candidate, is_lazy
 from .classes import give_own_class
-from .layers import Weight, is_packed, layer_type, weight_named, weights_of
+from .layers import Weight, is_packed, layer_type, packed_message, weight_named, weights_of
 from .options import Options, documents_options, settings_from
 from .parametrization import SpectralNorm
 from .scopes import close_scope, norm_on, norms_of, open_scope
 from .spellings import accept_spellings, forget_spellings
+from .takeover import hook_behind
+from .undoing import all_or_nothing
+from .views import View
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
@@ -64,8 +67,15 @@ def register_sn(
     candidates = [Candidate.of(w, settings, _name_of(module, w)) for w in weights]
     for candidate in candidates:
         candidate.check()
-    states = [candidate.make() for candidate in candidates]
-    attach_all(zip(candidates, states, strict=True))
+    states: dict[tuple[int, View | None], SpectralNorm] = {}
+    pairs = []
+    for candidate in candidates:
+        key = (id(candidate.tensor), candidate.view)  # tied tensors share their state
+        if key not in states:
+            states[key] = candidate.make()
+        pairs.append((candidate, states[key]))
+    with all_or_nothing(module.modules()):
+        attach_all(pairs)
     return module
 
 
@@ -99,24 +109,17 @@ def remove_sn(module: _ModuleT, *, name: str | None = None, bake: bool = True) -
     for owner, tensor in carried:
         check_alone(owner, tensor)
     baked = [read_as_eval(owner, tensor) if bake else None for owner, tensor in carried]
-    for (owner, tensor), value in zip(carried, baked, strict=True):
-        detach(owner, tensor, value)
-    close_scope(module)
+    with all_or_nothing(module.modules()):
+        for (owner, tensor), value in zip(carried, baked, strict=True):
+            detach(owner, tensor, value)
+        close_scope(module)
     return module
 
 
 def attach_all(pairs: Iterable[tuple[Candidate, SpectralNorm]]) -> None:
-    """Attach each, or, if one fails, none."""
-    done: list[Candidate] = []
-    try:
-        for candidate, norm in pairs:
-            done.append(candidate)
-            attach(candidate.weight, norm)
-    except BaseException:
-        for candidate in reversed(done):
-            if norm_on(candidate.weight.owner, candidate.weight.tensor_name):
-                detach(candidate.weight.owner, candidate.weight.tensor_name, None)
-        raise
+    """Attach each."""
+    for candidate, norm in pairs:
+        attach(candidate.weight, norm)
 
 
 def attach(weight: Weight, norm: SpectralNorm) -> None:
@@ -250,7 +253,11 @@ def _name_of(module: nn.Module, weight: Weight) -> str:
 def _nothing_known(module: nn.Module) -> Exception:
     kind = type(module).__name__
     if is_packed(module):
-        return TypeError(f"{kind} is quantised: its weight is packed; convert before quantising")
+        return TypeError(packed_message(module))
+    for name in module._parameters:
+        hook = hook_behind(module, name)
+        if hook is not None:
+            return ValueError(f"{kind} is under {hook}; remove that first")
     own = [n for n, p in module.named_parameters(recurse=False) if not is_lazy(p) and p.ndim >= 2]
     if own:
         return ValueError(f"{kind} is not in the layer table; pass name=, one of {own}")

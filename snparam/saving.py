@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from .checkpoints import plain_state_dict
-from .scopes import norms_of
+from .scopes import is_normalised, norms_of
 
 _METHOD = "save_pretrained"
 
@@ -32,7 +32,7 @@ def save_plain(model: nn.Module, restore: Callable[[nn.Module], nn.Module]) -> N
     """
     for module in model.modules():
         original = getattr(type(module), _METHOD, None)
-        if callable(original) and _METHOD not in vars(module) and _is_normalised(module):
+        if callable(original) and _METHOD not in vars(module) and is_normalised(module):
             # A bound method in the instance: deepcopy binds it to the copy.
             vars(module)[_METHOD] = MethodType(_saver(original, restore), module)
 
@@ -41,7 +41,7 @@ def save_as_before(model: nn.Module) -> None:
     """Undo `save_plain`, wherever no normalised weight is left."""
     for module in model.modules():
         own = vars(module).get(_METHOD)
-        if hasattr(own, "_snparam") and not _is_normalised(module):
+        if hasattr(own, "_snparam") and not is_normalised(module):
             del vars(module)[_METHOD]
 
 
@@ -51,7 +51,7 @@ def _saver(original: Callable[..., Any], restore: Callable[[Any], Any]) -> Calla
 
     @functools.wraps(original)
     def save(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not _is_normalised(self):
+        if not is_normalised(self):
             return original(self, *args, **kwargs)
         if "state_dict" not in signature.parameters:
             ordinary = restore(copy.deepcopy(self))
@@ -83,7 +83,3 @@ def _check_plain(model: nn.Module, state_dict: Any) -> None:
                     f"from_pretrained would initialise '{prefix}{tensor}' anew; pass "
                     "state_dict=snparam.plain_state_dict(model), or none."
                 )
-
-
-def _is_normalised(module: nn.Module) -> bool:
-    return any(True for part in module.modules() for _ in norms_of(part))

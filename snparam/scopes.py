@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
+from .forwards import begin, end
 from .parametrization import SpectralNorm
 
 
 def norms_of(module: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
     """Tensor names of a module (not of its children) and the SpectralNorm on each."""
-    lists: Any = module._modules.get("parametrizations")
+    children = module._modules
+    if "parametrizations" not in children:  # not `get`, which a TorchScript module's table lacks
+        return
+    lists: Any = children["parametrizations"]
     if isinstance(lists, nn.ModuleDict):
         for name, parametrizations in lists.items():
             for parametrization in parametrizations:  # type: ignore[attr-defined]
@@ -27,14 +32,27 @@ def norm_on(module: nn.Module, tensor_name: str) -> SpectralNorm | None:
 
 def open_scope(module: nn.Module) -> None:
     """Let each forward of a module count as one for the weights it reads."""
-    if _begin not in module._forward_pre_hooks.values():
+    if not has_scope(module):
         module.register_forward_pre_hook(_begin, prepend=True)
         module.register_forward_hook(_end, always_call=True)
 
 
+def has_scope(module: nn.Module) -> bool:
+    """Whether `open_scope` has been called on a module and not been undone."""
+    return _begin in module._forward_pre_hooks.values()
+
+
+def open_scopes(model: nn.Module) -> None:
+    """`open_scope` for every module that may read a normalised weight inside it."""
+    without = (nn.Module.forward, nn.Sequential.forward)
+    for module in model.modules():
+        if getattr(type(module), "forward", None) not in without and is_normalised(module):
+            open_scope(module)
+
+
 def close_scope(module: nn.Module) -> None:
-    """Undo `open_scope`, once the module reads no normalised weight any more."""
-    if any(True for _ in _scope(module)):
+    """Undo `open_scope`, once no normalised weight is left inside the module."""
+    if is_normalised(module):
         return
     for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _begin]:
         del module._forward_pre_hooks[key]
@@ -43,18 +61,36 @@ def close_scope(module: nn.Module) -> None:
         module._forward_hooks_always_called.pop(key, None)
 
 
+def is_normalised(module: nn.Module) -> bool:
+    """Whether a module has a normalised weight, in it or inside it."""
+    return any(True for part in module.modules() for _ in norms_of(part))
+
+
+# In a compiled graph it matters only where a read moves the state which forward it belongs to:
+# what is computed twice the compiler finds by itself. And a checkpointed region in a graph may not
+# change anything in Python.
+
+
 def _begin(module: nn.Module, _args: object) -> None:
-    for norm, own in _scope(module):
-        norm.forwards.enter(own=own)
+    if torch.compiler.is_compiling():
+        for norm, own in _near(module):
+            if norm.moves:
+                norm.forwards.enter_traced(own=own)
+    else:
+        begin(module, [norm.forwards for _, norm in norms_of(module)])
 
 
 def _end(module: nn.Module, _args: object, _output: object) -> None:
-    for norm, _ in _scope(module):
-        norm.forwards.leave()
+    if torch.compiler.is_compiling():
+        for norm, _ in _near(module):
+            if norm.moves:
+                norm.forwards.leave_traced()
+    else:
+        end(module)
 
 
-def _scope(module: nn.Module) -> Iterator[tuple[SpectralNorm, bool]]:
-    """The states that a module's forward may read, and whether they are its own."""
+def _near(module: nn.Module) -> Iterator[tuple[SpectralNorm, bool]]:
+    """States of a module and of its children, and whether they are its own."""
     for _, norm in norms_of(module):
         yield norm, True
     for name, child in module._modules.items():

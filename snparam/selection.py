@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import nn
-from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
+from .presets import Leaves, preset_named
+from .takeover import hooked
 
 Selector: TypeAlias = str | type[nn.Module]
 Selectors: TypeAlias = Selector | Iterable[Selector] | None
 Filter: TypeAlias = Callable[[nn.Module, str], bool]
+
+# Qualified names and modules from the root of a model to one of its modules, both included.
+Path: TypeAlias = tuple[tuple[str, nn.Module], ...]
 
 
 @dataclass(frozen=True)
@@ -21,31 +27,51 @@ class Selection:
 
     A selector picks the modules it names and everything inside them. A name selector is a pattern
     of whole path segments from the root of the model: `*` stands for anything within one segment,
-    `**` for any number of segments. It may also name a single weight.
+    `**` for any number of segments. It may also name a single weight. A module that is in several
+    places has several names, and each of them picks it.
+
+    Attributes:
+        include: selectors of what to convert, or None for everything.
+        exclude: selectors of what to leave alone.
+        filter_fn: the predicate, or None.
+        paths: the ways to each module of the model, by its identity.
+        preset: name of the preset, or None.
+        left_by_preset: whether it leaves out what is at the end of a path.
     """
 
     include: tuple[Selector, ...] | None
     exclude: tuple[Selector, ...]
     filter_fn: Filter | None
+    paths: Mapping[int, Sequence[Path]]
+    preset: str | None = None
+    left_by_preset: Leaves | None = None
 
     @classmethod
     def of(
-        cls, include: Selectors, exclude: Selectors, filter_fn: Filter | None, model: nn.Module
+        cls,
+        include: Selectors,
+        exclude: Selectors,
+        filter_fn: Filter | None,
+        model: nn.Module,
+        preset: str | None = None,
     ) -> Selection:
         """Check the selectors against a model.
 
         Raises:
             TypeError: for a selector that is neither a string nor a module type.
-            ValueError: for a selector that matches nothing in the model.
+            ValueError: for a selector that matches nothing in the model, or an unknown preset.
         """
         selection = cls(
             None if include is None else _as_tuple("include", include),
             _as_tuple("exclude", exclude),
             filter_fn,
+            _paths_by_module(model),
+            preset,
+            None if preset is None else preset_named(preset).rule(model),
         )
         if filter_fn is not None and not callable(filter_fn):
             raise TypeError(f"filter_fn={filter_fn!r}: expected a function (module, name) -> bool")
-        modules = dict(model.named_modules())
+        modules = [path[-1] for paths in selection.paths.values() for path in paths]
         for option in ("include", "exclude"):
             for selector in getattr(selection, option) or ():
                 if not _matches_any(selector, modules):
@@ -63,7 +89,9 @@ class Selection:
             name: the module's qualified name.
             tensor: the tensor's name.
         """
-        inside = [*path, (f"{name}.{tensor}" if name else tensor, None)]
+        ways = self.paths[id(module)]
+        inside: list[tuple[str, nn.Module | None]] = [place for way in ways for place in way]
+        inside += [(_join(way[-1][0], tensor), None) for way in ways]
         for selector in self.exclude:
             if _selects(selector, inside):
                 return f"excluded by {_show(selector)}"
@@ -71,6 +99,8 @@ class Selection:
             return "not included"
         if self.filter_fn is not None and not self.filter_fn(module, name):
             return "filter_fn says no"
+        if self.left_by_preset is not None and self.left_by_preset(path):
+            return f"left out by preset {self.preset!r}"
         return None
 
 
@@ -97,32 +127,55 @@ def _selects(selector: Selector, inside: Sequence[tuple[str, nn.Module | None]])
     return any(isinstance(module, selector) for _, module in inside)
 
 
-def _matches_any(selector: Selector, modules: dict[str, nn.Module]) -> bool:
+def _matches_any(selector: Selector, modules: Sequence[tuple[str, nn.Module]]) -> bool:
     if not isinstance(selector, str):
-        return any(isinstance(module, selector) for module in modules.values())
+        return any(isinstance(module, selector) for _, module in modules)
     return any(
         matches(selector, name)
         or any(
-            matches(selector, f"{name}.{tensor}" if name else tensor)
-            for tensor in [*module._parameters, *module._buffers, *_parametrized(module)]
+            matches(selector, _join(name, tensor))
+            for tensor in [
+                *module._parameters,
+                *module._buffers,
+                *_parametrized(module),
+                *hooked(module),
+            ]
         )
-        for name, module in modules.items()
+        for name, module in modules
     )
 
 
+def _paths_by_module(model: nn.Module) -> dict[int, list[Path]]:
+    found: dict[int, list[Path]] = {}
+    for path in _paths((("", model),)):
+        found.setdefault(id(path[-1][1]), []).append(path)
+    return found
+
+
+def _paths(path: Path) -> Iterator[Path]:
+    """Every way on from the end of a path; the names of the parts of parametrizations are none."""
+    yield path
+    name, module = path[-1]
+    for child_name, child in module._modules.items():
+        inner = child_name == "parametrizations" and is_parametrized(module)
+        if child is not None and not inner and all(child is not above for _, above in path):
+            yield from _paths((*path, (_join(name, child_name), child)))
+
+
+def _join(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
 def _parametrized(module: nn.Module) -> Iterable[str]:
-    lists = module._modules.get("parametrizations")
-    return list(lists) if isinstance(lists, nn.ModuleDict) else ()
+    return list(module.parametrizations) if is_parametrized(module) else ()  # type: ignore[arg-type]
 
 
-def _no_match(option: str, selector: Selector, modules: dict[str, nn.Module]) -> str:
+def _no_match(option: str, selector: Selector, modules: Sequence[tuple[str, nn.Module]]) -> str:
     if isinstance(selector, str):
-        seen = [name for name in modules if name and "parametrizations" not in name.split(".")]
+        seen = [name for name, _ in modules if name]
         kind, hint = "module or weight", " ('**.name' matches at any depth)"
     else:
-        seen = sorted(
-            {type_before_parametrizations(module).__name__ for module in modules.values()}
-        )
+        seen = sorted({type_before_parametrizations(module).__name__ for _, module in modules})
         kind, hint = "module of that type", ""
     shown = ", ".join(seen[:8]) + (", ..." if len(seen) > 8 else "")
     return f"{option}={_show(selector)} matches no {kind}{hint}; the model has {shown}"

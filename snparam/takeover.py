@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,18 +99,13 @@ def hook_behind(owner: nn.Module, name: str) -> str | None:
     return None
 
 
-def take_off(spectral: Spectral) -> Callable[[], None]:
-    """Leave the original as an ordinary Parameter, the same object, behind.
-
-    Returns:
-        A function that puts everything back as it was.
-    """
+def take_off(spectral: Spectral) -> None:
+    """Leave the original as an ordinary Parameter, the same object, behind."""
     owner, name = spectral.owner, spectral.name
-    undo = _way_back(owner)
     if spectral.hook is None:
         give_own_class(owner)
         parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
-        return undo
+        return
     for hooks in (
         owner._forward_pre_hooks,
         owner._state_dict_hooks,
@@ -125,7 +120,6 @@ def take_off(spectral: Spectral) -> Callable[[], None]:
     for parameter in list(parameters):  # each anew, so that their order stays
         ordinary = name if parameter == f"{name}_orig" else parameter
         parameters[ordinary] = parameters.pop(parameter)
-    return undo
 
 
 def _belongs(hook: Any, spectral: SpectralNorm) -> bool:
@@ -134,24 +128,3 @@ def _belongs(hook: Any, spectral: SpectralNorm) -> bool:
     if isinstance(hook, SpectralNormStateDictHook | SpectralNormLoadStateDictPreHook):
         hook = hook.fn
     return hook is spectral
-
-
-def _way_back(owner: nn.Module) -> Callable[[], None]:
-    """A function that gives a module back the class, the attributes and the tables it has now."""
-    cls, attributes = type(owner), dict(vars(owner))
-    tables = [value for value in attributes.values() if isinstance(value, dict)]
-    inner = owner._modules.get("parametrizations")
-    if inner is not None:
-        tables.append(inner._modules)
-    contents = [(table, dict(table)) for table in tables]
-
-    def undo() -> None:
-        owner.__class__ = cls
-        vars(owner).clear()
-        vars(owner).update(attributes)
-        # In place: handles of hooks know the tables, not the module.
-        for table, content in contents:
-            table.clear()
-            table.update(content)
-
-    return undo

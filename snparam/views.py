@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from torch import Tensor
 
@@ -92,43 +93,101 @@ class View:
         return (*self.order[:first], *columns)
 
 
+KINDS = ("rows", "columns", "stack", "stack_columns", "transposed_conv", "bare")
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the rows of a weight are, whatever its shape.
 
     Attributes:
-        kind: `"rows"` (axis 0 counts the rows), `"transposed_conv"` (axis 1 does, per group),
-            `"columns"` (a 2-D weight stored input-first: axis 1 does) or `"bare"` (as `"rows"`;
-            but split into as many blocks as axis 0 is long, it is a stack of tensors, each read by
-            its own axis 0).
+        kind: where they are.
+
+            - `"rows"`: axis 0 counts the rows, all others the columns.
+            - `"columns"`: stored input-first; axis 0 counts the columns, all others the rows.
+            - `"stack"`: axis 0 counts matrices, each read as by `"rows"`.
+            - `"stack_columns"`: axis 0 counts matrices, each read as by `"columns"`.
+            - `"transposed_conv"`: axis 1 counts the rows, per group.
+            - `"bare"`: as `"rows"`; but split into as many blocks as axis 0 is long, as `"stack"`.
         natural: the number of blocks that the layer itself computes with (groups, gates, fused
-            projections), for `blocks="auto"`.
+            projections), for `blocks="auto"`; in a stack, for each matrix of it.
         groups: groups of a transposed convolution.
+        into: the shape to bring the weight into first, or None for its own; one entry may be -1.
     """
 
     kind: str = "rows"
     natural: int = 1
     groups: int = 1
+    into: tuple[int, ...] | None = None
 
-    def view(self, shape: Sequence[int], blocks: int = 1) -> View:
-        """The view of a weight of this `shape` in `blocks` blocks of equally many rows.
+    def __post_init__(self) -> None:
+        """Check the values.
 
         Raises:
-            ValueError: if the rows cannot be split into `blocks` equal parts.
+            ValueError: for an unknown kind, or a number below 1.
+        """
+        if self.kind not in KINDS:
+            raise ValueError(f"Layout kind={self.kind!r}: expected one of {', '.join(KINDS)}")
+        for name in ("natural", "groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Layout {name}={getattr(self, name)}: expected at least 1")
+
+    def view(self, shape: Sequence[int], blocks: int | Literal["auto"] | None = 1) -> View:
+        """The view of a weight of this `shape` in `blocks` blocks of equally many rows.
+
+        Args:
+            shape: shape of the weight.
+            blocks: how many; None or 1 for as few as there can be, one, or the matrices of a stack;
+                `"auto"` for what the layer computes with.
+
+        Raises:
+            ValueError: if the rows cannot be split into `blocks` equal parts, or the shape is none
+                of this kind.
         """
         shape = tuple(shape)
-        if self.kind == "bare" and len(shape) >= 3 and blocks == shape[0] > 1:
-            return View(shape, shape, tuple(range(len(shape))), stack_axes=1, row_axes=1)
+        axes = shape if self.into is None else _reshaped(shape, self.into)
+        if self.kind in ("stack", "stack_columns"):
+            return self._stack(shape, axes, self._parts(axes, blocks))
+        count = self.natural if blocks == "auto" else 1 if blocks is None else blocks
+        if self.kind == "bare" and len(axes) >= 3 and count == axes[0] > 1:
+            return self._stack(shape, axes, 1)
         if self.kind == "transposed_conv":
-            return self._transposed_conv(shape, blocks)
-        row_axis = 1 if self.kind == "columns" else 0
-        rows = _equal_parts(shape[row_axis], blocks)
-        others = [axis for axis in range(len(shape)) if axis != row_axis]
-        if blocks == 1:
-            return View(shape, shape, (row_axis, *others), stack_axes=0, row_axes=1)
-        split = (*shape[:row_axis], blocks, rows, *shape[row_axis + 1 :])
-        columns = [axis if axis < row_axis else axis + 1 for axis in others]
-        return View(shape, split, (row_axis, row_axis + 1, *columns), stack_axes=1, row_axes=1)
+            return self._transposed_conv(shape, count)
+        if self.kind == "columns":
+            rows = _equal_parts(axes[1], count)
+            split = (axes[0], count, rows, *axes[2:])
+            order = (*range(1, len(split)), 0)
+        else:
+            rows = _equal_parts(axes[0], count)
+            split = (count, rows, *axes[1:])
+            order = tuple(range(len(split)))
+        row_axes = len(axes) - 1 if self.kind == "columns" else 1
+        return _view(shape, split, order, order[0], 1, row_axes)
+
+    def _parts(self, axes: tuple[int, ...], blocks: int | Literal["auto"] | None) -> int:
+        """How many parts each matrix of a stack is split into."""
+        if len(axes) < 3:
+            raise ValueError(f"a stack of matrices has three dimensions or more, not {len(axes)}")
+        if blocks == "auto":
+            return self.natural
+        if blocks is None or blocks == 1:
+            return 1
+        if blocks < 1 or blocks % axes[0]:
+            raise ValueError(
+                f"a stack of {axes[0]} matrices does not split into blocks={blocks} equal blocks"
+            )
+        return blocks // axes[0]
+
+    def _stack(self, shape: tuple[int, ...], axes: tuple[int, ...], parts: int) -> View:
+        """(matrices, rows, columns...) or (matrices, columns, rows...)."""
+        if self.kind == "stack_columns":
+            rows = _equal_parts(axes[2], parts)
+            split = (axes[0], axes[1], parts, rows, *axes[3:])
+            order = (0, *range(2, len(split)), 1)
+            return _view(shape, split, order, 2, 2, len(axes) - 2)
+        rows = _equal_parts(axes[1], parts)
+        split = (axes[0], parts, rows, *axes[2:])
+        return _view(shape, split, tuple(range(len(split))), 1, 2, 1)
 
     def _transposed_conv(self, shape: tuple[int, ...], blocks: int) -> View:
         """(in, out / groups, *kernel) read with one row per output channel, groups in order."""
@@ -150,6 +209,31 @@ class Layout:
         members = _equal_parts(groups, blocks)
         split = (blocks, members, inputs // groups, outputs, *kernel)
         return View(shape, split, (0, 1, 3, 2, *range(4, len(split))), 1, 2)
+
+
+def _view(
+    shape: tuple[int, ...],
+    split: tuple[int, ...],
+    order: tuple[int, ...],
+    blocks: int,
+    stack_axes: int,
+    row_axes: int,
+) -> View:
+    """A view, without the axis `blocks` of `split` where that has length 1."""
+    if split[blocks] == 1:
+        order = tuple(axis - (axis > blocks) for axis in order if axis != blocks)
+        split = (*split[:blocks], *split[blocks + 1 :])
+        stack_axes -= 1
+    return View(shape, split, order, stack_axes, row_axes)
+
+
+def _reshaped(shape: tuple[int, ...], into: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a weight has once it is reshaped, with -1 filled in."""
+    count, known = math.prod(shape), math.prod(size for size in into if size != -1)
+    filled = tuple(count // known if size == -1 else size for size in into) if known else into
+    if math.prod(filled) != count:
+        raise ValueError(f"a weight of shape {shape} cannot be read as one of {into}")
+    return filled
 
 
 def _equal_parts(rows: int, blocks: int) -> int:

@@ -73,6 +73,20 @@ def test_eps_shortens_rows_whose_remainder_is_below_it(dtype):
     torch.testing.assert_close(lengths, torch.tensor([[1.0, 1e-2, 1.0]]).double(), check_dtype=True)
 
 
+@pytest.mark.parametrize("sizes", [(1.0, 1e-39, 1e-42, 1e-44, 0.0), (1e30, 1e-39, 1.0, 0.0, 1e-44)])
+@pytest.mark.parametrize("dtype", WIDE)
+def test_rows_of_all_sizes_together_are_made_orthonormal(dtype, sizes):
+    """As a floor under the norms leaves them, of a matrix of low rank, after some steps."""
+    sizes = torch.tensor(sizes, dtype=torch.float64)
+    x = weight_with("gaussian", (1, 5, 8), seed=1, dtype=dtype) * sizes[:, None].to(dtype)
+    rows = linalg.orthonormal_rows(x)
+    eye = torch.eye(5, dtype=dtype).unsqueeze(0)
+    torch.testing.assert_close(gram(rows), eye, rtol=0, atol=rounding(x))
+    lengths = torch.linalg.vector_norm(linalg.orthonormal_rows(x, eps=1e-12)[0], dim=-1)
+    assert ((lengths - 1).abs()[sizes >= 1] <= rounding(x)).all()
+    assert (lengths[sizes < 1] < 1e-25).all()
+
+
 # Steps
 
 
@@ -92,6 +106,20 @@ def test_a_step_gives_orthonormal_u_and_v_and_their_values(W, count, eps, data):
         atol = rounding(W) * sigma + 64 * torch.finfo(W.dtype).tiny * torch.finfo(W.dtype).eps
         torch.testing.assert_close(sv, expected, rtol=0, atol=atol)
     assert (torch.linalg.vector_norm(u, dim=-1) <= 1 + rounding(W)).all()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("scale", [1e-38, 1e-39, 1e30])
+def test_a_step_on_subnormal_and_huge_numbers(scale, dtype, count):
+    """All-equal entries: u and v are even, and σ is known."""
+    W = weight_with("equal", (4, 3), scale=scale, dtype=dtype).unsqueeze(0)
+    u, v, sv = linalg.power_step(W, torch.eye(4, dtype=dtype)[None, :count])
+    close = {"rtol": 0.0, "atol": 1e-5}
+    torch.testing.assert_close(u[0, 0], torch.full((4,), 4**-0.5, dtype=dtype), **close)
+    torch.testing.assert_close(v[0, 0], torch.full((3,), 3**-0.5, dtype=dtype), **close)
+    assert float(sv[0, 0]) == pytest.approx(scale, rel=1e-5)
+    torch.testing.assert_close(gram(v)[0], torch.eye(count, dtype=dtype), **close)
 
 
 @given(W=matrices(dtypes=FLOATS), seed=st.integers(0, 99))

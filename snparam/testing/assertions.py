@@ -177,9 +177,8 @@ def _in_use(site: Site, blocks: int | Literal["auto"] | None) -> tuple[Tensor, T
     else:
         weight = candidate.tensor
     layout = candidate.weight.layout
-    count = layout.natural if blocks == "auto" else blocks or 1
     try:
-        return weight, layout.view(weight.shape, count).to_matrices(weight)
+        return weight, layout.view(weight.shape, blocks).to_matrices(weight)
     except ValueError as error:
         raise ValueError(f"{site.weight_name} {tuple(weight.shape)}: {error}") from None
 

@@ -1,0 +1,134 @@
+"""Named choices of what to leave alone, with sources in docs/presets.md: selections, no more."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+Path = Sequence[tuple[str, nn.Module]]
+Leaves = Callable[[Path], bool]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One named choice.
+
+    Attributes:
+        summary: what it leaves alone, in words.
+        rule: for a model, which weights are left alone: a function of the qualified names and
+            modules from the root to a weight's owner, both included.
+    """
+
+    summary: str
+    rule: Callable[[nn.Module], Leaves]
+
+
+# What the last layers are called: by torchvision, timm, transformers, and in papers' code. Only at
+# the root of a model: inside of blocks, `fc` is a layer like any other.
+_HEADS = re.compile(
+    r"(\w+_)?(heads?|head_dist|fc|classifiers?|score|logits|cls|qa_outputs|last_linear)(_\w+)?"
+)
+# `WindowAttention`, `Attention2d`, `XCA` is not; `CrossAttnDownBlock2D` holds convolutions.
+_ATTENTION = re.compile(r"\w*(Attention|Attn)(Rope|Pool|V\d+|\dd)*", re.IGNORECASE)
+
+
+def preset_named(name: object) -> Preset:
+    """The preset of a name.
+
+    Raises:
+        TypeError: if it is no string.
+        ValueError: if there is none of that name, with those that there are.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"preset={name!r}: expected a name, not {type(name).__name__}")
+    if name not in PRESETS:
+        known = "; ".join(f"{key!r} leaves {preset.summary}" for key, preset in PRESETS.items())
+        raise ValueError(f"preset={name!r} is unknown. Known are: {known}")
+    return PRESETS[name]
+
+
+def _nothing(_: nn.Module) -> Leaves:
+    return lambda _: False
+
+
+def _is_embedding(path: Path) -> bool:
+    return isinstance(path[-1][1], nn.Embedding | nn.EmbeddingBag)
+
+
+def _embeddings(_: nn.Module) -> Leaves:
+    return _is_embedding
+
+
+def _head(model: nn.Module) -> Leaves:
+    """Everything in what the model says is its head, or else in what is named like one."""
+    told = {id(module) for method in _TELLING for module in _told(model, method)}
+    named = {name for name, _ in model.named_children() if _HEADS.fullmatch(name)}
+
+    def leaves(path: Path) -> bool:
+        return any(id(module) in told for _, module in path) or (
+            len(path) > 1 and path[1][0] in named
+        )
+
+    return leaves
+
+
+# timm; transformers.
+_TELLING = ("get_classifier", "get_output_embeddings")
+
+
+def _told(model: nn.Module, method: str) -> list[nn.Module]:
+    ask: Any = getattr(model, method, None)
+    if not callable(ask):
+        return []
+    try:
+        answer = ask()
+    except (AttributeError, NotImplementedError, TypeError):  # a base class's, for models without
+        return []
+    answers = answer if isinstance(answer, tuple | list) else [answer]
+    return [module for module in answers if isinstance(module, nn.Module)]
+
+
+def _known_head(model: nn.Module) -> Leaves:
+    leaves = _head(model)
+    modules = dict(model.named_modules())
+    if not any(leaves(_path_of(modules, name)) for name in modules if name):
+        children = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"preset='keep-head': no head was recognised in {type(model).__name__}, whose parts "
+            f"are {children or 'none'}; name it with exclude="
+        )
+    return leaves
+
+
+def _path_of(modules: dict[str, nn.Module], name: str) -> Path:
+    parts = name.split(".")
+    names = ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
+    return [(name, modules[name]) for name in names if name in modules]
+
+
+def _head_and_embeddings(model: nn.Module) -> Leaves:
+    head = _head(model)
+    return lambda path: _is_embedding(path) or head(path)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return bool(_ATTENTION.fullmatch(type_before_parametrizations(module).__name__))
+
+
+def _outside_attention(_: nn.Module) -> Leaves:
+    return lambda path: not any(_is_attention(module) for _, module in path)
+
+
+PRESETS = {
+    "gan-discriminator": Preset("nothing alone", _nothing),
+    "gan-generator": Preset("embeddings alone", _embeddings),
+    "keep-head": Preset("the last layer alone", _known_head),
+    "attention": Preset("everything outside of attention alone", _outside_attention),
+    "sigma-reparam": Preset("embeddings alone", _embeddings),
+    "sngp": Preset("embeddings and the last layer alone", _head_and_embeddings),
+}
