@@ -62,11 +62,12 @@ def check(architecture: Architecture) -> None:
     assert {name: id(p) for name, p in model.named_parameters()} == parameters
     assert type(model) is type(plain)
     assert_same(computed(architecture, model), before)
+    check_gains(architecture, model, before)
     check_bake(architecture, model)
 
 
-def convert(model: nn.Module) -> None:
-    snparam.convert_model(model, progress=False)
+def convert(model: nn.Module, **options: Any) -> None:
+    snparam.convert_model(model, progress=False, **options)
 
 
 def check_plan(architecture: Architecture, model: nn.Module) -> nn.Module:
@@ -104,7 +105,8 @@ def norms_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, SpectralNo
         if isinstance(lists, nn.ModuleDict):
             for tensor, parts in lists.items():
                 if isinstance(parts[0], SpectralNorm):  # type: ignore[index]
-                    yield f"{name}.{tensor}", module, tensor, parts[0]  # type: ignore[index]
+                    full = f"{name}.{tensor}" if name else tensor
+                    yield full, module, tensor, parts[0]  # type: ignore[index]
 
 
 @torch.no_grad()
@@ -215,6 +217,48 @@ def check_training(architecture: Architecture, model: nn.Module) -> None:
             assert bool((along <= 1e-4 * size + 1e-12).all()), name
             checked += bool(size.any())
     assert checked > 0
+
+
+@torch.no_grad()
+def check_gains(architecture: Architecture, model: nn.Module, before: list[Tensor]) -> None:
+    """With a gain for every matrix the network computes what it did before its conversion."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for gain in ("learned", "fixed"):
+        convert(model, gain=gain)
+        assert_same(computed(architecture, model), before)
+        check_gains_are_state(model, learned=gain == "learned")
+        for norm in {norm for _, _, _, norm in norms_in(model)}:
+            norm.gain.mul_(4)  # as training might, and without rounding
+        check_restored_gains(model, state, bake=gain == "learned")
+        model.load_state_dict(state)
+
+
+def check_gains_are_state(model: nn.Module, learned: bool) -> None:
+    """One γ for each matrix, a Parameter or a buffer, and loaded where it was saved."""
+    state, other = model.state_dict(), copy.deepcopy(model)
+    for (name, _, _, norm), (_, _, _, twin) in zip(norms_in(model), norms_in(other), strict=True):
+        assert isinstance(norm.gain, nn.Parameter) == learned, name
+        assert tuple(norm.gain.shape) == norm.view.matrices[:1], name
+        twin.gain.fill_(7)
+    other.load_state_dict(state, strict=True)
+    for (name, _, tensor, norm), (_, _, _, twin) in zip(
+        norms_in(model), norms_in(other), strict=True
+    ):
+        prefix = name.removesuffix(tensor)
+        assert torch.equal(state[f"{prefix}parametrizations.{tensor}.0.gain"], norm.gain), name
+        assert torch.equal(twin.gain, norm.gain), name
+
+
+def check_restored_gains(model: nn.Module, state: Mapping[str, Tensor], bake: bool) -> None:
+    """Where each gain is 4 σ: baked, a weight is four times what it was; else what it was."""
+    names = [name for name, _, _, _ in norms_in(model)]
+    snparam.restore_model(model, bake=bake)
+    plain = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        if bake:
+            torch.testing.assert_close(plain[name], 4 * state[name], rtol=1e-5, atol=0)
+        else:
+            assert torch.equal(plain[name], state[name]), name
 
 
 def check_bake(architecture: Architecture, model: nn.Module) -> None:
