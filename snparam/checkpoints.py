@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
+from .baking import check_alone, check_shared
 from .parametrization import SpectralNorm
 from .reading import relation, torch_axis, torch_vectors
-from .registration import check_alone, read_as_eval
+from .registration import read_as_eval
 from .scopes import norms_of
 
 _WEIGHT = "weight"
@@ -212,26 +212,6 @@ def _inexpressible(placed: Placed, what: str, why: str) -> ValueError:
         f"SpectralNorm on {placed.describe} cannot be expressed as {what}: {why}; use "
         "plain_state_dict(model), which has the normalised weights themselves."
     )
-
-
-def check_shared(model: nn.Module) -> None:
-    """Refuse to bake one of two uses of a Parameter.
-
-    Raises:
-        ValueError: with both names.
-    """
-    normalised = {id(placed.original): placed for placed in _placed(model)}
-    for prefix, owner in _modules(model):
-        if isinstance(owner, ParametrizationList):
-            continue
-        for name, parameter in owner._parameters.items():
-            placed = normalised.get(id(parameter))
-            if placed is not None:
-                raise ValueError(
-                    f"SpectralNorm on {placed.describe}: it is shared with '{prefix}{name}', which "
-                    "uses it as it is, and one tensor cannot be both; pass bake=False, or convert "
-                    "both."
-                )
 
 
 # The whole state dict

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
+from .baking import check_alone, check_shared
 from .candidates import FULLY_SHARDED, Candidate
-from .checkpoints import check_shared
 from .options import Options, documents_options, settings_from
 from .parametrization import SpectralNorm
 from .plan import (
@@ -27,7 +27,7 @@ from .plan import (
     carried_norms,
     sites_of,
 )
-from .registration import attach_all, check_alone, detach, read_as_eval
+from .registration import attach_all, detach, read_as_eval
 from .saving import save_as_before, save_plain
 from .scopes import close_scope, norm_on, norms_of, open_scopes
 from .selection import Filter, Selection, Selectors
@@ -175,7 +175,7 @@ def convert_model(
     with all_or_nothing(model.modules()):
         _carry_out(plan)
         open_scopes(model)
-        save_plain(model, restore_model)
+        save_plain(model)
         tie_normalised(model)
     return model
 

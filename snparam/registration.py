@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
+from .baking import check_alone
 from .candidates import Candidate, is_lazy
 from .classes import give_own_class
 from .layers import Weight, is_packed, layer_type, packed_message, weight_named, weights_of
 from .options import Options, documents_options, settings_from
 from .parametrization import SpectralNorm
+from .pretrained import spell_as_before, spell_for_pretrained
 from .scopes import close_scope, norm_on, norms_of, open_scope
 from .spellings import accept_spellings, forget_spellings
 from .takeover import hook_behind
@@ -149,6 +151,7 @@ def attach(weight: Weight, norm: SpectralNorm) -> None:
             setattr(type(owner), attribute, value)
     open_scope(owner)
     accept_spellings(owner)
+    spell_for_pretrained(owner)
 
 
 def _read_directly(owner: nn.Module, name: str) -> None:
@@ -198,22 +201,7 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
     if not any(True for _ in norms_of(owner)):
         close_scope(owner)
         forget_spellings(owner)
-
-
-def check_alone(owner: nn.Module, name: str) -> None:
-    """Refuse to take SpectralNorm off a tensor that carries another parametrization as well.
-
-    Raises:
-        ValueError: with what it carries.
-    """
-    lists: Any = owner.parametrizations
-    others = [type(p).__name__ for p in lists[name] if not isinstance(p, SpectralNorm)]
-    if others:
-        raise ValueError(
-            f"SpectralNorm on '{name}' of {type(owner).__name__}: {', '.join(others)} is "
-            "parametrized together with it; remove that first, with "
-            "torch.nn.utils.parametrize.remove_parametrizations, or rebuild the module."
-        )
+        spell_as_before(owner)
 
 
 def _derive_after_load(parametrizations: Any, _keys: object) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import nn
 
+from .baking import check_alone
 from .layers import Weight
 from .parametrization import SpectralNorm
-from .registration import attach, check_alone, detach
+from .registration import attach, detach
 from .scopes import has_scope, is_normalised, norms_of, open_scope
 from .views import Layout
 

@@ -169,10 +169,33 @@ def test_a_part_that_saves_itself_does_so_right(bert, tmp_path):
         )
 
 
-def test_a_state_dict_that_would_not_reload_is_refused(bert, tmp_path):
-    with pytest.raises(ValueError, match=r"snparam\.plain_state_dict\(model\)"):
-        bert.save_pretrained(tmp_path, state_dict=bert.state_dict())
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("gain", [None, "learned"])
+def test_a_state_dict_of_other_values_is_saved_as_what_it_computes(gain, tmp_path):
+    """A trainer gathers one from all ranks, or averages it over steps, and passes that."""
+    model, other = (snparam.convert_model(tiny_bert(), progress=False, gain=gain) for _ in range(2))
+    if gain:
+        for norm in other.modules():
+            if isinstance(norm, snparam.SpectralNorm):
+                norm.gain.data.mul_(1.5)
+    given = other.state_dict()
+    keys = list(given)
+    model.save_pretrained(tmp_path, state_dict=given)
+    assert list(given) == keys
+    loaded = transformers.BertForMaskedLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(output_of(loaded), output_of(other), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(output_of(loaded), output_of(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_half_of_a_shared_parameter_is_refused_and_nothing_is_written(given, tmp_path):
+    model = tiny_bert()
+    snparam.convert_model(model, exclude="cls.predictions.decoder", progress=False)
+    state = {"state_dict": model.state_dict()} if given else {}
+    with pytest.raises(
+        ValueError, match=r"word_embeddings\.weight.*'cls.predictions.decoder.weight'"
+    ):
+        model.save_pretrained(tmp_path, **state)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_a_restored_transformer_is_its_class_again():
@@ -198,17 +221,73 @@ class Saves(nn.Module):
         return "written"
 
 
-def test_a_library_that_takes_no_state_dict_gets_a_restored_copy(tmp_path):
-    model = snparam.convert_model(Saves())
-    assert model.save_pretrained(tmp_path, safe=True) == "written"
-    assert list(inspect.signature(model.save_pretrained).parameters) == ["path", "safe"]
+# How a layer inside a model can come to be normalised; the model itself may not know of it.
+WAYS = {
+    "converted": snparam.convert_model,
+    "registered": lambda model: snparam.register_sn(model.layer),
+    "a part converted": lambda model: snparam.convert_model(model.layer),
+    "with a gain": lambda model: snparam.register_sn(model.layer, gain="learned", blocks=3),
+    "updated by step": lambda model: snparam.register_sn(model.layer, update="step"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_library_that_asks_the_model_for_its_state_dict_gets_a_plain_one(way, tmp_path):
+    model = Saves()
+    WAYS[way](model)
+    if way == "with a gain":
+        model.layer.parametrizations.weight[0].gain.data.mul_(3)
+    before = copy.deepcopy(model.state_dict())
+    assert model.train().save_pretrained(tmp_path, safe=True) == "written"
+    assert model.layer.parametrizations.weight[0].training
+    assert_unchanged(model, before)
+    assert "layer.parametrizations.weight.original" in before
     ordinary = Saves()
     safetensors.torch.load_model(ordinary, tmp_path / "model.safetensors")
     assert_same_function(ordinary, model, torch.randn(2, 4), rtol=0, atol=0)
-    assert "layer.parametrizations.weight.original" in model.state_dict()
+
+
+def test_a_copy_saves_its_own_values_and_a_restored_layer_those_it_has(tmp_path):
+    model = Saves()
+    snparam.register_sn(model.layer)
+    twin = copy.deepcopy(model)
+    twin.layer.parametrizations.weight.original.data.normal_()
+    twin.save_pretrained(tmp_path)
+    saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert torch.equal(saved["layer.weight"], twin.eval().layer.weight)
+    snparam.remove_sn(model.layer, bake=False)
+    assert not model.layer._state_dict_hooks
+    model.save_pretrained(tmp_path)
+    saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert torch.equal(saved["layer.weight"], model.layer.weight)
+
+
+def test_half_of_a_parameter_shared_with_a_registered_layer_is_refused(tmp_path):
+    model = Saves()
+    model.twin = nn.Linear(4, 3)
+    model.twin.weight = model.layer.weight
+    snparam.register_sn(model.layer)
+    with pytest.raises(ValueError, match=r"'layer.weight' \(3, 4\).*'twin.weight'"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_weight_with_another_parametrization_is_refused(tmp_path):
+    model = Saves()
+    snparam.register_sn(model.layer)
+    nn.utils.parametrize.register_parametrization(model.layer, "weight", nn.Identity())
+    with pytest.raises(ValueError, match="Identity"):
+        model.save_pretrained(tmp_path)
+
+
+def test_the_method_of_a_converted_model_is_documented_as_before(bert):
+    plain = transformers.BertForMaskedLM
+    assert inspect.signature(bert.save_pretrained) == inspect.signature(
+        plain.save_pretrained.__get__(bert)
+    )
+    assert bert.save_pretrained.__doc__ == plain.save_pretrained.__doc__
 
 
 def test_methods_of_modules_without_normalised_weights_are_left_alone():
-    model = nn.Sequential(Saves(), nn.Linear(4, 3))
+    model = nn.Sequential(tiny_bert(), nn.Linear(4, 3))
     snparam.convert_model(model, exclude="0")
     assert "save_pretrained" not in vars(model[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import nn
 pytest.importorskip("diffusers")
 import diffusers
 
-from .contract import Architecture, check
+import snparam
+
+from .contract import Architecture, assert_same, check, computed, convert
 
 IMAGE = torch.linspace(-3, 3, 2 * 3 * 8 * 8).sin().reshape(2, 3, 8, 8)
 LATENT = torch.linspace(-3, 3, 2 * 4 * 8 * 8).cos().reshape(2, 4, 8, 8)
@@ -62,3 +65,43 @@ ARCHITECTURES = [
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 def test_contract(architecture: Architecture) -> None:
     check(architecture)
+
+
+SAVED = [architecture for architecture in ARCHITECTURES if architecture.name != "DiT"]
+
+
+@pytest.mark.parametrize("architecture", SAVED, ids=str)
+def test_saved_by_its_own_method_it_reads_back_as_it_computes(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    model: Any = architecture.make(0)
+    convert(model)
+    model.save_pretrained(tmp_path)
+    back = type(architecture.make(1)).from_pretrained(tmp_path)  # type: ignore[attr-defined]
+    assert list(back.state_dict()) == list(architecture.make(0).state_dict())
+    assert_same(computed(architecture, back), computed(architecture, model))
+
+
+def test_with_one_layer_registered_it_reads_back_as_it_computes(tmp_path: Path) -> None:
+    """The model knows nothing of it."""
+    architecture = ARCHITECTURES[0]
+    model: Any = architecture.make(0)
+    before = computed(architecture, model)
+    snparam.register_sn(model.conv_in)
+    assert not torch.allclose(computed(architecture, model)[0], before[0], atol=1e-3)
+    model.save_pretrained(tmp_path)
+    back = diffusers.UNet2DModel.from_pretrained(tmp_path)
+    assert_same(computed(architecture, back), computed(architecture, model))
+
+
+def test_an_attention_processor_reads_the_normalised_projections() -> None:
+    """Processors call the projections of the attention that is passed to them, or fuse them."""
+    from diffusers.models import attention_processor
+
+    model: Any = ARCHITECTURES[1].make(0)
+    convert(model)
+    default = computed(ARCHITECTURES[1], model)
+    for kind in (attention_processor.AttnProcessor, attention_processor.AttnProcessor2_0):
+        model.set_attn_processor(kind())
+        for mine, theirs in zip(default, computed(ARCHITECTURES[1], model), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import peft
 
 import snparam
 
-from .contract import Architecture, check, computed, convert
+from .contract import Architecture, assert_same, check, computed, convert
 from .test_transformers import TOKENS, gpt2, language, llama
 
 ADAPTER = "peft adapter"
@@ -91,6 +92,22 @@ def test_only_the_adapters_train_and_the_frozen_base_stays_as_it_is() -> None:
     assert all("lora_" in name for name in trained)
     language(model.train()).loss.backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
+
+
+def test_adapters_on_a_converted_base_are_saved_and_read_back(tmp_path: Path) -> None:
+    """Their keys alone are written; the base is converted again, from its own file."""
+    architecture = Architecture("LoRA", lora(llama, ["q_proj"]), language)
+    base = llama()
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    convert(base)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(base, config)  # type: ignore[arg-type]
+    model.save_pretrained(str(tmp_path))
+    other = llama()
+    other.load_state_dict(state)
+    convert(other)
+    back = peft.PeftModel.from_pretrained(other, str(tmp_path))  # type: ignore[arg-type]
+    assert_same(computed(architecture, back), computed(architecture, model))
 
 
 def test_restored_and_merged_it_computes_what_it_did() -> None:

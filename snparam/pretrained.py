@@ -1,0 +1,91 @@
+"""Inside a library's `save_pretrained`, the state dict of a normalised module is plain.
+
+transformers and diffusers write `model.state_dict()`, and their `from_pretrained` initialises
+weights anew that it does not find under their ordinary names. A layer does not know the models that
+it is a part of, but whoever asks for its state dict is on the call stack. Neither library is
+imported; a method of that name is all that is looked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .baking import check_alone, check_shared
+from .parametrization import SpectralNorm
+from .scopes import norms_of
+
+METHOD = "save_pretrained"
+
+
+def spell_for_pretrained(owner: nn.Module) -> None:
+    """Let `state_dict` of a module be plain, with its normalised weights, in `save_pretrained`."""
+    if _respell not in owner._state_dict_hooks.values():
+        owner._register_state_dict_hook(_respell)  # type: ignore[no-untyped-call]
+
+
+def spell_as_before(owner: nn.Module) -> None:
+    """Undo `spell_for_pretrained`."""
+    hooks = owner._state_dict_hooks
+    for key in [key for key, hook in hooks.items() if hook is _respell]:
+        del hooks[key]
+
+
+def make_plain(owner: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Replace snparam's keys of a module by those of the ordinary one.
+
+    Args:
+        owner: a module with normalised weights.
+        state_dict: with its tensors, or with others for it; changed in place. A weight that it has
+            under another name is left as it is.
+        prefix: that of the module's keys.
+
+    Raises:
+        ValueError: if a weight carries another parametrization as well.
+    """
+    for name, norm in norms_of(owner):
+        inside = f"{prefix}parametrizations.{name}."
+        if f"{inside}original" in state_dict:
+            check_alone(owner, name)
+            theirs = {k: v for k, v in state_dict.items() if k.startswith(inside)}
+            value = _normalised(norm, theirs, inside)
+            for key in theirs:
+                del state_dict[key]
+            state_dict[prefix + name] = value
+
+
+def _normalised(norm: SpectralNorm, state: dict[str, Any], inside: str) -> Tensor:
+    """What eval mode makes of a weight, by the state beside it."""
+    own = {key.removeprefix(f"{inside}0."): value for key, value in state.items()}
+    tensors = {key: own[key] for key in norm.state_dict(keep_vars=True) if key in own}
+    training = norm.training
+    try:
+        norm.training = False
+        value: Tensor = functional_call(norm, tensors, (state[f"{inside}original"].detach(),))
+    finally:
+        norm.training = training
+    return value.detach()
+
+
+def _respell(owner: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    saved = _being_saved()
+    if saved is not None:
+        check_shared(saved, owner)
+        make_plain(owner, state_dict, prefix)
+
+
+def _being_saved() -> nn.Module | None:
+    """The model whose `save_pretrained` is running, the innermost of several."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == METHOD and code.co_argcount:
+            model = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(model, nn.Module):
+                return model
+        frame = frame.f_back
+    return None
