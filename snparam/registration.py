@@ -17,7 +17,7 @@ from .layers import Weight, is_packed, layer_type, packed_message, weight_named,
 from .options import Options, documents_options, settings_from
 from .parametrization import SpectralNorm
 from .pretrained import spell_as_before, spell_for_pretrained
-from .scopes import close_scope, norm_on, norms_of, open_scope
+from .scopes import close_scope, expect_idle_scopes, norm_on, norms_of, open_scope
 from .spellings import accept_spellings, forget_spellings
 from .takeover import hook_behind
 from .undoing import all_or_nothing
@@ -115,6 +115,7 @@ def remove_sn(module: _ModuleT, *, name: str | None = None, bake: bool = True) -
         for (owner, tensor), value in zip(carried, baked, strict=True):
             detach(owner, tensor, value)
         close_scope(module)
+    expect_idle_scopes()
     return module
 
 

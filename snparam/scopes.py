@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from .forwards import begin, end
 from .parametrization import SpectralNorm
+
+# Modules that were found to need their scope since a weight was last removed; None before that.
+_not_idle: WeakSet[nn.Module] | None = None
 
 
 def norms_of(module: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
@@ -61,6 +65,26 @@ def close_scope(module: nn.Module) -> None:
         module._forward_hooks_always_called.pop(key, None)
 
 
+def expect_idle_scopes() -> None:
+    """Let scopes that have no normalised weight inside any more undo themselves.
+
+    A layer does not know the modules around it: each looks for itself, in its next forward.
+    """
+    global _not_idle
+    _not_idle = WeakSet()
+
+
+def _is_idle(module: nn.Module) -> bool:
+    """Whether a module's scope has just been undone, because nothing inside is normalised."""
+    if _not_idle is None or module in _not_idle:
+        return False
+    if is_normalised(module):
+        _not_idle.add(module)
+        return False
+    close_scope(module)
+    return True
+
+
 def is_normalised(module: nn.Module) -> bool:
     """Whether a module has a normalised weight, in it or inside it."""
     return any(True for part in module.modules() for _ in norms_of(part))
@@ -76,7 +100,7 @@ def _begin(module: nn.Module, _args: object) -> None:
         for norm, own in _near(module):
             if norm.moves:
                 norm.forwards.enter_traced(own=own)
-    else:
+    elif not _is_idle(module):
         begin(module, [norm.forwards for _, norm in norms_of(module)])
 
 

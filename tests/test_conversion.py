@@ -99,6 +99,30 @@ def test_an_optimizer_made_before_still_trains_it() -> None:
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def carriers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "parametrizations")]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_layers_that_are_removed_one_by_one_leave_no_hook_behind(copied: bool) -> None:
+    """The modules around them notice in their next forward, and not before all are gone."""
+    model = Network()
+    before = snapshot(model)
+    snparam.convert_model(model)
+    model = copy.deepcopy(model) if copied else model
+    around = [module for module in model.modules() if module._forward_pre_hooks]
+    assert around
+    snparam.remove_sn(carriers(model)[0])
+    model(TOKENS)
+    assert model._forward_pre_hooks
+    assert len(snparam.singular_values(model)) < len(WEIGHTS)
+    while left := carriers(model):
+        snparam.remove_sn(left[0])
+    model(TOKENS).sum().backward()
+    assert snapshot(model)["hooks"] == before["hooks"]
+    model(TOKENS)
+
+
 def test_converting_again_changes_nothing_and_says_nothing() -> None:
     model = snparam.convert_model(Network())
     before = snapshot(model)
