@@ -149,6 +149,9 @@ def _beside_others(
     name, buffers = placed.tensor, buffers or {}
     if isinstance(placed.original, nn.Parameter):
         return Local({name: value}, buffers, {}, {})
+    lists: Any = placed.owner.parametrizations
+    if "original" in lists[name]._non_persistent_buffers_set:
+        return Local({}, buffers, {}, {})
     return Local({}, {name: value, **buffers}, {}, {})
 
 
@@ -226,7 +229,7 @@ def _respelled(model: nn.Module, spell: Callable[[Placed], Local]) -> dict[str, 
     owners: dict[str, list[Placed]] = {}
     for placed in _placed(model):
         check_alone(placed.owner, placed.tensor)
-        if f"{placed.prefix}parametrizations.{placed.tensor}.original" in source:
+        if f"{placed.prefix}parametrizations.{placed.tensor}.0.u" in source:
             owners.setdefault(placed.prefix, []).append(placed)
     spelled = {prefix: [(p, spell(p)) for p in all_of] for prefix, all_of in owners.items()}
     result: dict[str, Any] = OrderedDict()
@@ -267,8 +270,11 @@ def _own_part(
     for _, local in spelled:
         parameters |= local.parameters
         buffers |= local.buffers
-    names = sorted(parameters, key=lambda n: order.index(n) if n in order else len(order))
-    return {prefix + n: parameters[n] for n in names} | {prefix + n: t for n, t in buffers.items()}
+    found = {}
+    for tensors in (parameters, buffers):
+        for name in sorted(tensors, key=lambda n: order.index(n) if n in order else len(order)):
+            found[prefix + name] = tensors[name]
+    return found
 
 
 def _metadata(

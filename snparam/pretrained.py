@@ -41,7 +41,7 @@ def make_plain(owner: nn.Module, state_dict: dict[str, Any], prefix: str) -> Non
     Args:
         owner: a module with normalised weights.
         state_dict: with its tensors, or with others for it; changed in place. A weight that it has
-            under another name is left as it is.
+            under another name, or that is no part of state dicts, is left as it is.
         prefix: that of the module's keys.
 
     Raises:
@@ -49,13 +49,12 @@ def make_plain(owner: nn.Module, state_dict: dict[str, Any], prefix: str) -> Non
     """
     for name, norm in norms_of(owner):
         inside = f"{prefix}parametrizations.{name}."
-        if f"{inside}original" in state_dict:
+        theirs = {k: v for k, v in state_dict.items() if k.startswith(inside)}
+        if f"{inside}original" in theirs:
             check_alone(owner, name)
-            theirs = {k: v for k, v in state_dict.items() if k.startswith(inside)}
-            value = _normalised(norm, theirs, inside)
-            for key in theirs:
-                del state_dict[key]
-            state_dict[prefix + name] = value
+            state_dict[prefix + name] = _normalised(norm, theirs, inside)
+        for key in theirs:
+            del state_dict[key]
 
 
 def _normalised(norm: SpectralNorm, state: dict[str, Any], inside: str) -> Tensor:

@@ -128,19 +128,23 @@ def attach_all(pairs: Iterable[tuple[Candidate, SpectralNorm]]) -> None:
 def attach(weight: Weight, norm: SpectralNorm) -> None:
     """Put a SpectralNorm on a tensor. The Parameter stays the same object."""
     owner, name = weight.owner, weight.tensor_name
-    order = next((p._snparam_order for p in _lists(owner)), tuple(owner._parameters))
+    names = (*owner._parameters, *owner._buffers)
+    order = next((p._snparam_order for p in _lists(owner)), names)
     # Stand-ins go in first: for the state, because registration would call right_inverse, which
     # converges anew, and forward, which moves it; for the tensor, because registration would set
     # it to itself, which tensors of some subclasses do not survive.
     tensors = owner._parameters if name in owner._parameters else owner._buffers
     original = tensors[name]
     assert original is not None
+    persistent = name not in owner._non_persistent_buffers_set
     tensors[name] = nn.Parameter(torch.empty(0))
     give_own_class(owner)
     parametrize.register_parametrization(owner, name, nn.Module(), unsafe=True)
     lists: Any = owner.parametrizations
     del lists[name]._parameters["original"]
     parametrize._register_parameter_or_buffer(lists[name], "original", original)
+    if not persistent:
+        lists[name]._non_persistent_buffers_set.add("original")
     lists[name][0] = norm.train(owner.training)
     lists[name].unsafe = False
     lists[name]._snparam_order = order
@@ -187,14 +191,18 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
     lists: Any = owner.parametrizations
     order = lists[name]._snparam_order
     original = lists[name].original
+    persistent = "original" not in lists[name]._non_persistent_buffers_set
     give_own_class(owner)
     parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
+    if not persistent:
+        owner._non_persistent_buffers_set.add(name)
     if value is not None:
         with torch.no_grad():
             original.copy_(value)
-    tensors = owner._parameters
-    for parameter in sorted(tensors, key=lambda n: order.index(n) if n in order else len(order)):
-        tensors[parameter] = tensors.pop(parameter)
+    tables: list[dict[str, Any]] = [owner._parameters, owner._buffers]
+    for tensors in tables:
+        for tensor in sorted(tensors, key=lambda n: order.index(n) if n in order else len(order)):
+            tensors[tensor] = tensors.pop(tensor)
     if not parametrize.is_parametrized(owner):
         row = layer_type(owner)
         if row is not None and row.restored is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
+from typing import Any
 
 from torch import nn
 
-# Where a module keeps its tensors, its children and its hooks.
-_TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict)]
+# Where a module keeps its tensors, its children and its hooks, and which buffers are not saved.
+_TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)]
 
 
 @contextmanager
@@ -33,7 +35,7 @@ class _Module:
     def __init__(self, module: nn.Module) -> None:
         self.module, self.type, self.attributes = module, type(module), dict(vars(module))
         tables = (self.attributes.get(name) for name in _TABLES)
-        self.tables = [(table, dict(table)) for table in tables if isinstance(table, dict)]
+        self.tables = [(table, copy(table)) for table in tables if isinstance(table, dict | set)]
 
     def put_back(self) -> None:
         if type(self.module) is not self.type:
@@ -44,6 +46,6 @@ class _Module:
             _fill(table, content)
 
 
-def _fill(table: dict[str, object], content: dict[str, object]) -> None:
+def _fill(table: Any, content: Any) -> None:
     table.clear()
     table.update(content)

@@ -263,6 +263,23 @@ def test_a_buffer_can_be_registered_and_stays_a_buffer() -> None:
     assert module._buffers["table"] is before
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("bake", [True, False])
+def test_a_buffer_is_afterwards_saved_or_not_as_it_was_before(persistent: bool, bake: bool) -> None:
+    module = Experts()
+    module.register_buffer("table", torch.randn(3, 4), persistent=persistent)
+    module.register_buffer("more", torch.zeros(2))
+    keys, buffers = list(module.state_dict()), list(dict(module.named_buffers()))
+    snparam.register_sn(module, name="table")
+    original = "parametrizations.table.original"
+    assert (original in module.state_dict()) == persistent
+    assert list(snparam.plain_state_dict(module)) == keys
+    module.load_state_dict(module.state_dict())
+    snparam.remove_sn(module, name="table", bake=bake)
+    assert list(module.state_dict()) == keys
+    assert list(dict(module.named_buffers())) == buffers
+
+
 def registered() -> nn.Module:
     return snparam.register_sn(nn.Linear(3, 4))
 
