@@ -260,7 +260,7 @@ def _decide(
 def _sharing(site: Site, sharers: Sequence[Site], selection: Selection) -> tuple[str, list[str]]:
     """What sharing its Parameter means for a site: why not to convert it, or notes."""
     assert site.candidate is not None
-    note = []
+    note, together = [], []
     for other in sharers:
         if other is site:
             continue
@@ -274,7 +274,9 @@ def _sharing(site: Site, sharers: Sequence[Site], selection: Selection) -> tuple
         if norm is None and against is not None:
             note.append(f"shares its parameter with {other.weight_name}, left alone ({against})")
         else:
-            note.append(f"shares its state with {other.weight_name}")
+            together.append(other.weight_name)
+    if together:
+        note.append(f"shares its state with {', '.join(together)}")
     return "", note
 
 

@@ -18,6 +18,9 @@ from .tables import aligned
 from .takeover import hook_behind, hooked, kind_on
 from .views import Layout
 
+# What ends the reason for a type that users may know better.
+_UNKNOWN = "is not in the layer table"
+
 CONVERT, SKIP, REFUSE = "convert", "skip", "refuse"
 ALREADY = "already normalised"
 
@@ -111,6 +114,8 @@ class ConversionPlan(list[PlanRow]):
 
     def __str__(self) -> str:
         """An aligned table, closed by the share of the parameters that is normalised."""
+        hint = "snparam.register_layer_type adds types to the layer table\n"
+        unknown = any(row.reason.endswith(_UNKNOWN) for row in self)
         header = ["weight", "layer", "shape", "matrices", "σ now", "decision", "reason"]
         rows = [
             [
@@ -126,7 +131,7 @@ class ConversionPlan(list[PlanRow]):
         ]
         total = sum(_sizes(self).values())
         return (
-            f"{aligned(header, rows)}\n"
+            f"{aligned(header, rows)}\n{hint if unknown else ''}"
             f"{len(self.to_convert)} of {len(self)} weights to convert; then {self.share:.1%} of "
             f"the {total:,} parameters of two or more dimensions are normalised"
         )
@@ -167,7 +172,7 @@ def sites_of(model: nn.Module, settings: Settings, replace: bool = False) -> Ite
                 candidate = Candidate.of(weight, settings, label, replace)
                 yield Site(path, tensor_name, id(tensor), shape, candidate)
             else:
-                reason = _not_listed(module, tensor_name)
+                reason = _not_listed(module, tensor_name, shape)
                 yield Site(path, tensor_name, id(tensor), shape, None, reason)
 
 
@@ -217,7 +222,7 @@ def carried_norms(model: nn.Module) -> dict[int, SpectralNorm]:
     }
 
 
-def _not_listed(module: nn.Module, tensor_name: str) -> str:
+def _not_listed(module: nn.Module, tensor_name: str, shape: tuple[int, ...]) -> str:
     hook = hook_behind(module, tensor_name)
     if hook is not None:
         return f"under {hook}"
@@ -229,4 +234,6 @@ def _not_listed(module: nn.Module, tensor_name: str) -> str:
     row = layer_type(module)
     if row is not None and row.weights:
         return f"no weight of {kind} by the layer table"
-    return f"{kind} is not in the layer table"
+    if shape and max(shape) == prod(shape):
+        return "a single vector, and no matrix"
+    return f"{kind} {_UNKNOWN}"

@@ -189,6 +189,13 @@ def test_sharing_with_an_excluded_module_is_said() -> None:
     assert "embed.weight, left alone (excluded by 'embed')" in reason
 
 
+def test_all_that_share_a_state_are_named_together() -> None:
+    model = nn.ModuleList([nn.Linear(3, 3) for _ in range(3)])
+    for layer in model:
+        layer.weight = model[0].weight
+    assert reasons(model)["1.weight"] == ("convert", "shares its state with 0.weight, 2.weight")
+
+
 def test_the_plan_has_every_parameter_of_two_or_more_dimensions() -> None:
     model = Network()
     plan = snparam.plan_conversion(model)
@@ -220,7 +227,9 @@ def test_a_plan_changes_nothing_and_gives_exact_singular_values() -> None:
 
 
 def test_a_plan_prints_as_an_aligned_table() -> None:
-    header, rule, *rows, last = str(snparam.plan_conversion(Network())).splitlines()
+    plan = snparam.plan_conversion(Network())
+    header, rule, *rows, _, last = str(plan).splitlines()
+    assert len(rows) == len(plan)
     starts = [i for i, c in enumerate(rule) if c == "-" and (i == 0 or rule[i - 1] == " ")]
     assert header.split("  ")[0] == "weight"
     for line in rows:

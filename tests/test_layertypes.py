@@ -57,12 +57,21 @@ def test_unknown_types_are_left_alone_and_a_registration_changes_that() -> None:
     model = Dense()
     assert row(model).decision == "skip"
     assert row(model).reason == "Dense is not in the layer table"
+    assert "register_layer_type" in str(snparam.plan_conversion(model)).splitlines()[-2]
     assert register_layer_type(Dense, {"kernel": "columns"}) is Dense
     assert row(model).decision == "convert"
     assert row(model).matrices == (1, 3, 5)
+    assert "register_layer_type" not in str(snparam.plan_conversion(model))
     snparam.convert_model(model)
     assert model.parametrizations.kernel[0].u.shape == (1, 1, 3)
     assert float(torch.linalg.matrix_norm(model.kernel.detach(), 2)) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16), (16, 1, 1), (1, 16), (1, 1)])
+def test_a_vector_of_an_unknown_type_is_called_one_whatever_its_dimensions(shape: Any) -> None:
+    """Class tokens, scales of each channel."""
+    assert row(Experts(*shape)).reason == "a single vector, and no matrix"
+    assert row(nn.Linear(16, 1)).decision == "convert"  # where it multiplies, it is a matrix
 
 
 def test_it_decorates_a_class() -> None:
