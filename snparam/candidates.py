@@ -12,9 +12,10 @@ from . import linalg
 from .completion import completed
 from .layers import Weight
 from .options import Settings
-from .parametrization import Estimate, SpectralNorm, compute_dtype, is_finite, stack_of
+from .parametrization import SpectralNorm
 from .scopes import norm_on
 from .sharded import is_fully_sharded
+from .stacks import Estimate, compute_dtype, is_finite, stack_of
 from .takeover import Spectral, kind_on, spectral_on
 from .views import View
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .sharded import divide_sharded, is_sharded
@@ -27,9 +27,9 @@ class Division(NamedTuple):
         divisor: the value of d, (b,), not negative, or a number for one matrix. A matrix whose d
             is 0 is a zero matrix: it stays as it is, and so does its gradient, so that a
             zero-initialised layer learns its way out.
-        slope: dd/dσ, (b,) or a number. With d = σ it is 1.
-        u: (b, m), unit.
-        v: (b, n), unit.
+        slope: (b,) or a number, with dd/dW = slope · u vᴴ. It is dd/dσ where u and v are unit.
+        u: (b, m).
+        v: (b, n).
         view: how the weight is read as (b, m, n).
     """
 
@@ -58,18 +58,8 @@ def divide(weight: Tensor, by: Division, gain: Tensor | None = None) -> Tensor:
         return divide_sharded(weight, gain, *by)  # type: ignore[arg-type]
     if _transformed():
         return _divided(weight, _attached(weight, by), gain, by.view)
-    return divide_eagerly(weight, by, gain)
-
-
-def divide_eagerly(weight: Tensor, by: Division, gain: Tensor | None = None) -> Tensor:
-    """`divide` for a weight that is neither sharded nor traced."""
     out: Tensor = _Divide.apply(weight, gain, by)  # type: ignore[no-untyped-call]
     return out
-
-
-def reads_numbers(weight: Tensor) -> bool:
-    """Whether numbers computed from a weight can be read at no cost: eagerly, on a CPU."""
-    return weight.is_cpu and type(weight) in (Tensor, nn.Parameter) and not _transformed()
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -89,52 +79,29 @@ class _Divide(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: Tensor | None, by: Division) -> Tensor:
+        assert isinstance(by.divisor, Tensor)
         ctx.slope, ctx.view = by.slope, by.view
-        if isinstance(by.divisor, Tensor):
-            ctx.by_numbers = None
-            ctx.save_for_backward(weight, gain, by.u, by.v, by.divisor)
-            return _divided(weight, by.divisor, gain, by.view)
-        # Vectors are not worth the detour over saved tensors.
-        ctx.by_numbers = by
-        ctx.save_for_backward(weight, gain)
-        divisor = by.divisor or 1.0
-        return torch.div(weight, divisor) if gain is None else weight * (float(gain) / divisor)
+        ctx.save_for_backward(weight, gain, by.u, by.v, by.divisor)
+        return _divided(weight, by.divisor, gain, by.view)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, gain, *rest = ctx.saved_tensors
-        if rest:
-            u, v, divisor = rest
-            by = Division(divisor, ctx.slope, u, v, ctx.view)
-        else:
-            by = ctx.by_numbers
+        weight, gain, u, v, divisor = ctx.saved_tensors
+        by = Division(divisor, ctx.slope, u, v, ctx.view)
         with without_autocast(grad):
             if torch.is_grad_enabled():
-                # Double backward: differentiable operations, in which d depends on W.
-                into = _gradients(grad, weight, gain, _attached(weight, by), by)
-            elif rest:
-                into = _gradients(grad, weight, gain, divisor, by)
-            else:
-                into = _gradients_by_numbers(grad, weight, gain, by)
-        return (*into, None)
+                return (*gradients_in_graph(grad, weight, gain, by), None)
+            return (*_gradients(grad, weight, gain, divisor, by), None)
 
 
-def _gradients_by_numbers(
+def gradients_in_graph(
     grad: Tensor, weight: Tensor, gain: Tensor | None, by: Division
 ) -> tuple[Tensor, Tensor | None]:
-    """`_gradients` for one matrix on a CPU, with nothing made but the gradient."""
-    g = by.view.to_matrix(grad, like=weight)
-    inner = torch.dot(g.reshape(-1), by.view.to_matrix(weight).reshape(-1))
-    u, divisor = by.u.view(-1), float(by.divisor) or 1.0
-    try:
-        along = float(inner) / divisor
-    except RuntimeError:  # a batch of gradients (is_grads_batched) has one for each
-        u, along = u * (inner / divisor), 1.0
-    scale = (1.0 if gain is None else float(gain)) / divisor
-    rate = -float(by.slope) * along * scale
-    combined = torch.addr(g, u, by.v.view(-1), beta=scale, alpha=rate)
-    into_gain = None if gain is None else (inner / divisor).view(1).to(gain.dtype)
-    return by.view.from_matrices(combined, like=weight), into_gain
+    """The gradients for the weight and for γ, for double backward.
+
+    By differentiable operations, in which d depends on W.
+    """
+    return _gradients(grad, weight, gain, _attached(weight, by), by)
 
 
 def _gradients(

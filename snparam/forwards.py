@@ -2,16 +2,19 @@
 
 A layer's own forward may read its weight several times (attention, recurrent layers), and the
 modules around it may read it too (a dtype, usually, or to compute with it themselves).
+
+What happens here happens for every layer in every forward, between large products that have pushed
+everything else out of the processor's caches: each Python object that is touched costs.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Hashable, Sequence
+from itertools import count
+from threading import get_ident
 from types import FrameType
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -22,24 +25,17 @@ class Reading:
         values: the normalised weight, by (gradients enabled, inference mode, what tensors are saved
             by): a tensor made without a graph cannot stand in for one with a graph, nor the
             reverse, nor one made outside of a checkpointed region for one made in it.
+        v: the right singular vectors that the weight was normalised with, once known.
+        taken: whether a layer's own forward has had it: its next one is another.
     """
 
-    __slots__ = ("_like", "_v", "values")
+    __slots__ = ("taken", "v", "values")
 
-    def __init__(self, like: Reading | None = None) -> None:
-        """Begin with nothing, or with the vectors of another reading, once that knows them."""
-        self.values: dict[Hashable, Tensor] = {}
-        self._v: Tensor | None = None
-        self._like = like
-
-    @property
-    def v(self) -> Tensor | None:
-        """The right singular vectors that the weight was normalised with, once known."""
-        return self._v if self._like is None else self._like.v
-
-    @v.setter
-    def v(self, v: Tensor) -> None:
-        self._v = v
+    def __init__(self, v: Tensor | None = None, *, taken: bool = False) -> None:
+        """Begin with nothing, or with the vectors that an earlier read has used."""
+        self.values: dict[object, Tensor] = {}
+        self.v = v
+        self.taken = taken
 
 
 class Forwards:
@@ -51,43 +47,60 @@ class Forwards:
 
     def __init__(self) -> None:
         self.last_v: Tensor | None = None
+        self._moved_in: tuple[int, int] | None = None
         self._traced: list[tuple[Reading, bool]] = []
         self._shared: Reading | None = None
         self._sharing = 0
 
-    def current(self) -> Reading | None:
-        """The reading that a read now belongs to, or None outside of every forward."""
+    def current(self, state: nn.Module) -> Reading | None:
+        """The reading that a read now belongs to, or None outside of every forward.
+
+        Args:
+            state: the SpectralNorm of the weight, by which the layers whose own it is are known.
+        """
         if self._shared is not None:
             return self._shared
-        if torch.compiler.is_compiling():
-            return self._traced[-1][0] if self._traced else None
-        running = _running.get(threading.get_ident())
-        if not running:
+        forward = _innermost()
+        if forward is None:
             return None
-        for forward in reversed(running):
-            if self in forward.readings:
-                if not forward.is_alive():
-                    _forget_the_dead(running)
-                    return self.current()
-                if forward is running[-1]:
-                    return forward.readings[self]
-                found = None if self in forward.handed_on else forward.readings[self]
-                return self._begun(running, found or Reading())
-        return self._begun(running, Reading())
-
-    def _begun(self, running: list[_Forward], reading: Reading) -> Reading:
-        """Let the innermost forward have a reading; if the weight is its own, those around too."""
-        inner = running[-1]
-        inner.readings[self] = reading
-        if self in inner.own:
-            handed_on = reading
-            for forward in reversed(running[:-1]):
-                forward.handed_on.add(self)
-                forward.readings.setdefault(self, handed_on)
-                # Further out the vectors are enough to give the same weight again, and holding all
-                # weights of a network until its forward ends would double its memory.
-                handed_on = Reading(like=reading)
+        reading = forward.readings.get(self)
+        if reading is None:
+            around = self._read_around(forward)
+            if _has(forward.module, state):
+                if around is not None and not around.taken:
+                    # What a module around has read before this call is the weight of this forward.
+                    around.taken = True
+                    reading = around
+                else:
+                    reading = Reading()
+            elif self._has_moved_in(forward):
+                reading = Reading(self.last_v, taken=True)
+            else:
+                reading = Reading() if around is None or around.taken else around
+            forward.readings[self] = reading
         return reading
+
+    def moved(self, v: Tensor) -> None:
+        """Note that a read moves the state, and the vectors it uses."""
+        self.last_v = v
+        forward = _running.get(get_ident())
+        self._moved_in = None if forward is None else (get_ident(), forward.number)
+
+    def _read_around(self, forward: _Forward) -> Reading | None:
+        """What the nearest forward around another has read of the weight itself."""
+        around = forward.around
+        while around is not None:
+            if self in around.readings and around.is_alive():
+                return around.readings[self]
+            around = around.around
+        return None
+
+    def _has_moved_in(self, forward: _Forward) -> bool:
+        """Whether the state has moved within a running forward."""
+        if self._moved_in is None:
+            return False
+        thread, number = self._moved_in
+        return thread == get_ident() and number > forward.number
 
     def share(self, on: bool) -> None:
         """Begin or end a stretch in which all reads, in all threads, are one; stretches nest."""
@@ -99,6 +112,12 @@ class Forwards:
 
     # Inside a compiled graph there are no frames, and a list for each weight, unlike one for all,
     # lets layers that are alike share their graph.
+
+    def current_traced(self) -> Reading | None:
+        """`current` inside a compiled graph."""
+        if self._shared is not None:
+            return self._shared
+        return self._traced[-1][0] if self._traced else None
 
     def enter_traced(self, *, own: bool) -> None:
         """Begin a forward of the layer itself (`own`) or of the module around it."""
@@ -123,56 +142,81 @@ class _Forward:
 
     Attributes:
         module: whose forward it is.
-        own: of the module's own weights.
+        around: the running forward around it in the same thread, or None.
+        number: later forwards have higher ones.
         readings: what it has read.
-        handed_on: what a layer inside has had for its own forward: its next one is another.
     """
 
-    __slots__ = ("_frame", "handed_on", "module", "own", "readings")
+    __slots__ = ("_frame", "around", "module", "number", "readings")
 
-    def __init__(self, module: nn.Module, own: Sequence[Forwards], frame: FrameType) -> None:
+    def __init__(self, module: nn.Module, around: _Forward | None, frame: FrameType | None) -> None:
         self.module = module
-        self.own = own
+        self.around = around
+        self.number = next(_numbers)
         self.readings: dict[Forwards, Reading] = {}
-        self.handed_on: set[Forwards] = set()
         self._frame = frame
 
-    def is_alive(self, of: set[FrameType] | None = None) -> bool:
+    def is_alive(self) -> bool:
         """Whether it is running still, and was not broken off by a KeyboardInterrupt."""
-        if of is not None:
-            return self._frame in of
-        frame: FrameType | None = sys._getframe(1)
+        if self._frame is None:
+            return True
+        frame: FrameType | None = sys._getframe(2)
         while frame is not None and frame is not self._frame:
             frame = frame.f_back
         return frame is not None
 
 
-# The running forwards of each thread, innermost last.
-_running: dict[int, list[_Forward]] = {}
+_numbers = count()
+
+# The innermost running forward of each thread.
+_running: dict[int, _Forward] = {}
 
 
-def begin(module: nn.Module, own: Sequence[Forwards]) -> None:
-    """Begin a forward of a module; to be called by a hook on it."""
-    _running.setdefault(threading.get_ident(), []).append(_Forward(module, own, sys._getframe(2)))
+def begin(module: nn.Module, *, by_hook: bool = False) -> None:
+    """Begin a forward of a module.
+
+    Args:
+        module: whose forward it is.
+        by_hook: whether a hook on it calls this: a KeyboardInterrupt skips the hook that would call
+            `end`.
+    """
+    thread = get_ident()
+    frame = sys._getframe(2) if by_hook else None
+    _running[thread] = _Forward(module, _running.get(thread), frame)
 
 
 def end(module: nn.Module) -> None:
     """End what the last `begin` of this module in this thread began, and all inside it."""
-    thread = threading.get_ident()
-    running = _running.get(thread, [])
-    for at in reversed(range(len(running))):
-        if running[at].module is module:
-            del running[at:]
-            break
-    if not running:
-        _running.pop(thread, None)
+    thread = get_ident()
+    forward = _running.get(thread)
+    while forward is not None and forward.module is not module:
+        forward = forward.around
+    if forward is not None:
+        _become_innermost(thread, forward.around)
 
 
-def _forget_the_dead(running: list[_Forward]) -> None:
-    """Drop forwards that no hook has ended."""
-    frames = set()
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        frames.add(frame)
-        frame = frame.f_back
-    running[:] = [forward for forward in running if forward.is_alive(frames)]
+def _innermost() -> _Forward | None:
+    """The innermost forward that is running in this thread."""
+    thread = get_ident()
+    forward = _running.get(thread)
+    while forward is not None and not forward.is_alive():
+        forward = forward.around
+        _become_innermost(thread, forward)
+    return forward
+
+
+def _become_innermost(thread: int, forward: _Forward | None) -> None:
+    if forward is None:
+        del _running[thread]
+    else:
+        _running[thread] = forward
+
+
+def _has(module: nn.Module, state: nn.Module) -> bool:
+    """Whether a state is that of one of a module's own weights."""
+    lists: Any = module._modules.get("parametrizations")
+    for parts in () if lists is None else lists._modules.values():
+        for part in parts._modules.values():
+            if part is state:
+                return True
+    return False

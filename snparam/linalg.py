@@ -109,30 +109,6 @@ def left_vectors(t: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     return u, norm if eps == 0 else norm * (norm / eps).clamp_max(1.0)
 
 
-def vector_step(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float]:
-    """`power_step` for one matrix and one vector on a CPU, where reading a number is free.
-
-    The same numbers in half the operations: what a step costs in a small layer is their count.
-
-    Args:
-        matrix: (m, n), float32 or float64, on a CPU.
-        u: (m,).
-
-    Returns:
-        The new u (m,), the v (n,) between, and σ.
-    """
-    v = torch.mv(matrix.t(), u)
-    _make_unit(v, instead=matrix.shape[1] ** -0.5)
-    found, v, sigma = finish_vector_step(matrix, v)
-    return (found if sigma > 0 else u.clone()), v, sigma
-
-
-def finish_vector_step(matrix: Tensor, v: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The second half of `vector_step`."""
-    u = torch.mv(matrix, v)
-    return u, v, _make_unit(u, instead=0.0)
-
-
 def orthonormal_rows(x: Tensor, eps: float = 0.0) -> Tensor:
     """Orthonormalise rows, earlier rows first, each keeping its direction.
 
@@ -259,18 +235,6 @@ def _unit(x: Tensor, eps: float, instead: float) -> tuple[Tensor, Tensor]:
     if x.is_complex():  # NaN is replaced in the real and in the imaginary part, each by itself
         instead *= 0.5**0.5
     return x.nan_to_num_(nan=instead), norm.squeeze(-1)
-
-
-def _make_unit(x: Tensor, instead: float) -> float:
-    """`_unit` for one vector on a CPU, in place; returns the norm."""
-    square = float(torch.dot(x, x))
-    safe = 1e-30 < square < 1e30  # far from where float32 overflows or loses digits
-    norm = math.sqrt(square) if safe else float(torch.linalg.vector_norm(x, dtype=torch.float64))
-    if norm > 0:
-        x.div_(norm)
-    else:
-        x.fill_(instead)
-    return norm
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import linalg
+from . import cpu, linalg
 from .constraint import Constraint
-from .division import Division, divide, divide_eagerly, reads_numbers, without_autocast
+from .division import Division, divide, without_autocast
 from .forwards import Forwards, Reading
 from .options import Settings
-from .recomputation import held, in_backward, keep, kept, saved_by, unseen
-from .sharded import ShardedStack, is_sharded
+from .recomputation import held, in_backward, keep, kept, saved_by, seen, unseen
+from .stacks import Estimate, compute_dtype, is_finite, stack_of
 from .views import View
 from .watching import watch
 
-_VECTOR_DTYPES = (torch.float32, torch.float64)
-
 # Attributes that belong to running forwards and running training.
-_TRANSIENT = ("forwards", "_frozen", "_current", "_behind")
+_TRANSIENT = (
+    "forwards",
+    "_frozen",
+    "_current",
+    "_behind",
+    "_memory",
+    "_passes",
+    "_matrix",
+    "_u_flat",
+    "_last",
+)
 
 
 class SpectralNorm(nn.Module):
@@ -84,9 +92,23 @@ class SpectralNorm(nn.Module):
         self._frozen = 0
         self._current: Estimate | None = None
         self._behind = False
+        self._memory = cpu.Memory()
+        self._passes = cpu.Passes()
+        self._forget()
         self.weight_id: int | None = None
         if self.settings.update == "step":
             watch(self)
+
+    def _forget(self) -> None:
+        """Drop aliases of tensors, and what follows from them: they may have been replaced."""
+        self._matrix: cpu.Matrix | None = None
+        self._u_flat: tuple[Tensor, Tensor] | None = None
+        self._last: cpu.Step | None = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SpectralNorm:
+        """What `.to()` and its like do."""
+        self._forget()
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy the state, not what belongs to a running forward."""
@@ -107,13 +129,19 @@ class SpectralNorm(nn.Module):
 
         Within one forward of the layer the first read computes it and later ones share it.
         """
-        reading = self.forwards.current()
+        mode: object
+        if torch.compiler.is_compiling():
+            reading = self.forwards.current_traced()
+            mode = torch.is_grad_enabled()
+        else:
+            reading = self.forwards.current(self)
+            mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), saved_by())
         if reading is None:
             return self._normalise(weight, Reading())
-        mode = (torch.is_grad_enabled(), _in_inference_mode(), saved_by())
-        if mode not in reading.values:
-            reading.values[mode] = self._normalise(weight, reading)
-        return reading.values[mode]
+        value = reading.values.get(mode)
+        if value is None:
+            value = reading.values[mode] = self._normalise(weight, reading)
+        return value
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What to store when a value is assigned to the weight: the value, with a fresh estimate.
@@ -145,6 +173,8 @@ class SpectralNorm(nn.Module):
     def derive(self, weight: Tensor) -> None:
         """Bring what follows from u up to date, after u or the weight came from elsewhere."""
         self.forwards.last_v = self._current = None
+        self._forget()
+        self._passes.end()
         self._behind = False
         if self.settings.update == "step":
             # u stays what it is, so that a state that was loaded is the state that is saved.
@@ -166,6 +196,10 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def estimate(self, weight: Tensor) -> Tensor:
         """The σ (b,) that a forward in eval mode divides by; nothing is stored."""
+        if self._is_by_numbers(weight):
+            of = cpu.Matrix(weight, self.view)
+            step = cpu.step(of, self._flat_u().to(weight.dtype))
+            return weight.new_tensor([step.sigma], requires_grad=False)
         return self._step_from_u(weight).sv[:, 0]
 
     def _step_from_u(self, weight: Tensor) -> Estimate:
@@ -190,12 +224,15 @@ class SpectralNorm(nn.Module):
         for buffer, found in zip(self._stored(), estimate, strict=True):
             buffer.copy_(found)
         self._current = estimate
+        self._last = None
+        self._passes.end()
         self._behind = False
 
     def expect_update(self) -> None:
         """Note that an optimizer is about to change the weight."""
         if self._behind:  # since the step before: nobody updates
             self._warn_behind()
+        self._passes.end()
         self._behind = True
 
     def _warn_behind(self) -> None:
@@ -213,35 +250,97 @@ class SpectralNorm(nn.Module):
 
     def _normalise(self, weight: Tensor, reading: Reading) -> Tensor:
         """W / σ, moving the state if this is the first read of a training forward."""
-        by_numbers = self._single and weight.dtype in _VECTOR_DTYPES and reads_numbers(weight)
-        settings = self.settings
+        here = self._is_by_numbers(weight)
+        normalise = self._by_numbers if here else self._by_stacks
+        if here and not torch.is_autocast_enabled("cpu") and not seen():
+            return normalise(weight, reading)
         with without_autocast(weight), unseen():
-            if settings.update == "step" and self.training:
-                u, v, sigma = self._current_step(weight, by_numbers)
-            else:
-                repeated = reading.v
-                moves = False
-                if repeated is not None:
-                    keep(self, repeated)  # for a region that has begun since the first read
-                elif self.training and not self._frozen:
-                    moves = not in_backward()
-                    if not moves:
-                        repeated = kept(self, self.forwards.last_v)
-                # Detached, so that nothing is recorded: u and v are constants to autograd.
-                step = self._vector_step if by_numbers else self._stack_step
-                u, v, found, sigma = step(weight.detach(), moves, repeated)
-                reading.v = found if repeated is None else repeated
-            if torch.compiler.is_compiling() and torch.is_grad_enabled():
-                u, v, sigma = held(u, v, cast(Tensor, sigma))
-            divisor, slope = self.constraint.divisor(sigma)
-            by = Division(divisor, slope, u, v, self.view)
-            gain = None if settings.gain is None else self.gain
-            return (divide_eagerly if by_numbers else divide)(weight, by, gain)
+            return normalise(weight, reading)
 
-    def _current_step(
-        self, weight: Tensor, by_numbers: bool
-    ) -> tuple[Tensor, Tensor, Tensor | float]:
-        """u (b, m), v (b, n) and σ of the last update, without a product."""
+    def _is_by_numbers(self, weight: Tensor) -> bool:
+        return not torch.compiler.is_compiling() and self._single and cpu.is_here(weight)
+
+    def _by_numbers(self, weight: Tensor, reading: Reading) -> Tensor:
+        """One matrix on a CPU."""
+        of = self._matrix
+        if of is None or not of.is_of(weight):
+            self._forget()
+            of = cpu.Matrix(weight, self.view)
+            self._matrix = of if weight.is_leaf and not torch.is_inference_mode_enabled() else None
+        if self.training and self.settings.update == "step":
+            step = self._last_update(weight)
+            return self._passes.value(weight, lambda: self._divided(weight, step, of))
+        moves, repeated = self._moves(reading)
+        if repeated is not None:
+            return self._divided(weight, cpu.finish_step(of, repeated.view(-1)), of)
+        u = self._flat_u()
+        start = u if u.dtype == weight.dtype else u.to(weight.dtype)
+        step = cpu.step(of, start)
+        if moves:
+            for _ in range(self.settings.num_itrs - 1):
+                if 0 < step.sigma < math.inf:
+                    start = step.t.div_(step.size)
+                step = cpu.step(of, start)
+            if 0 < step.sigma < math.inf:
+                torch.div(step.t, step.size, out=u)
+            # Straight from the dict, past a lookup that takes as long as a small product.
+            cast(Tensor, self._buffers["sv"]).fill_(step.sigma)
+            self._keep(step.x)
+        reading.v = step.x
+        return self._divided(weight, step, of)
+
+    def _flat_u(self) -> Tensor:
+        """u (m,), where it is."""
+        u = cast(Tensor, self._buffers["u"])
+        flat = self._u_flat
+        if flat is None or flat[0] is not u or flat[1].data_ptr() != u.data_ptr():
+            flat = self._u_flat = (u, u.view(-1))
+        return flat[1]
+
+    def _last_update(self, weight: Tensor) -> cpu.Step:
+        """What the last update has found."""
+        last = self._last
+        if last is None or self._behind:
+            u, v, sigma = self._current_step(weight)
+            last = self._last = cpu.Step(sigma.item(), u[0], v[0], 1.0, 1.0)
+        self.weight_id = id(weight)
+        return last
+
+    def _divided(self, weight: Tensor, step: cpu.Step, of: cpu.Matrix) -> Tensor:
+        divisor, slope = self.constraint.divisor(step.sigma)
+        slope = cast(float, slope) / (step.size * step.length)
+        by = Division(divisor, slope, step.t, step.x, self.view)
+        gain = None if self.settings.gain is None else self.gain
+        return cpu.divide(weight, gain, by, of, self._memory)
+
+    def _by_stacks(self, weight: Tensor, reading: Reading) -> Tensor:
+        """Any weight, anywhere."""
+        if self.settings.update == "step" and self.training:
+            u, v, sigma = self._current_step(weight)
+        else:
+            moves, repeated = self._moves(reading)
+            # Detached, so that nothing is recorded: u and v are constants to autograd.
+            u, v, found, sigma = self._stack_step(weight.detach(), moves, repeated)
+            reading.v = found if repeated is None else repeated
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+            u, v, sigma = held(u, v, sigma)
+        divisor, slope = self.constraint.divisor(sigma)
+        gain = None if self.settings.gain is None else self.gain
+        return divide(weight, Division(divisor, slope, u, v, self.view), gain)
+
+    def _moves(self, reading: Reading) -> tuple[bool, Tensor | None]:
+        """Whether a read moves the state, and if not, the v that it repeats, if it repeats any."""
+        repeated = reading.v
+        if repeated is not None:
+            keep(self, repeated)  # for a region that has begun since the first read
+        elif self.training and not self._frozen:
+            if not in_backward():
+                return True, None
+            repeated = kept(self, self.forwards.last_v)
+        return False, repeated
+
+    def _current_step(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u (b, m), v (b, n) and σ (b,) of the last update, without a product."""
         if torch.compiler.is_compiling():
             # A compiled graph takes the buffers as its inputs, in place, whatever they hold.
             return self.u[:, 0], self.v[:, 0], self.sv[:, 0]
@@ -254,35 +353,14 @@ class SpectralNorm(nn.Module):
         if current is None or current.u.device != weight.device:  # new, copied, loaded or moved
             current = Estimate(*(x.to(compute_dtype(x.dtype), copy=True) for x in self._stored()))
             self._current = None if current.u.is_inference() else current
-        sigma = float(current.sv[0, 0]) if by_numbers else current.sv[:, 0]
-        return current.u[:, 0], current.v[:, 0], sigma
+        return current.u[:, 0], current.v[:, 0], current.sv[:, 0]
 
     def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.u, self.v, self.sv
 
-    def _vector_step(
-        self, weight: Tensor, moves: bool, repeated: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
-        """The u (m,), v (n,), v again and σ of one matrix on a CPU; see `_stack_step`."""
-        matrix = self.view.to_matrix(weight)
-        if repeated is not None:
-            u, v, sigma = linalg.finish_vector_step(matrix, repeated.view(-1))
-            return u, v, v, sigma
-        # Straight from the dict, past a lookup that takes as long as a small product.
-        buffers = self._buffers
-        stored, sv = cast(Tensor, buffers["u"]).view(-1), cast(Tensor, buffers["sv"])
-        u, v, sigma = linalg.vector_step(matrix, stored.to(weight.dtype))
-        if moves:
-            for _ in range(self.settings.num_itrs - 1):
-                u, v, sigma = linalg.vector_step(matrix, u)
-            stored.copy_(u)
-            sv.fill_(sigma)
-            self._keep(v)
-        return u, v, v, sigma
-
     def _stack_step(
         self, weight: Tensor, moves: bool, repeated: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The u (b, m) and v (b, n) of σ (b,), and all of v (b, k, n), by one step from u.
 
         With `moves`, by `num_itrs` steps, stored in place. With `repeated`, the v of an earlier
@@ -292,6 +370,8 @@ class SpectralNorm(nn.Module):
         matrices = stack_of(weight, self.view)
         if repeated is not None:
             v = repeated.view(*self.u.shape[:2], -1)
+            if repeated.ndim == 1:  # as `cpu` finds it, of any length
+                v = v / torch.linalg.vector_norm(v, dim=-1, keepdim=True)
             u, v, sv = linalg.finish_step(matrices, v, eps)
         else:
             u, v, sv = linalg.power_step(matrices, self.u.to(matrices.dtype), eps)
@@ -306,7 +386,7 @@ class SpectralNorm(nn.Module):
     def _keep(self, v: Tensor) -> None:
         """Keep what a recomputation of this forward, in a backward pass, has to start from."""
         if not torch.compiler.is_compiling() and not v.is_inference():
-            self.forwards.last_v = v
+            self.forwards.moved(v)
             keep(self, v)
 
     def extra_repr(self) -> str:
@@ -316,38 +396,3 @@ class SpectralNorm(nn.Module):
             f"num_svs={self.u.shape[1]}, num_itrs={self.settings.num_itrs}, "
             f"matrices=({blocks}, {rows}, {columns})"
         )
-
-
-class Estimate(NamedTuple):
-    """What a step finds: u (b, k, m), v (b, k, n) and sv (b, k)."""
-
-    u: Tensor
-    v: Tensor
-    sv: Tensor
-
-
-def stack_of(
-    weight: Tensor, view: View, at_least: torch.dtype = torch.float32
-) -> Tensor | ShardedStack:
-    """A weight as a stack of matrices, in the dtype of the arithmetic."""
-    dtype = torch.promote_types(weight.dtype, at_least)
-    if is_sharded(weight):
-        return ShardedStack(weight, view, dtype)  # type: ignore[arg-type]
-    return view.to_matrices(weight).to(dtype)
-
-
-def is_finite(stack: Tensor | ShardedStack) -> bool:
-    """Whether a stack has neither NaN nor inf."""
-    if isinstance(stack, ShardedStack):
-        return math.isfinite(stack.largest())
-    return bool(torch.isfinite(stack).all())
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic for a weight of the given dtype: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _in_inference_mode() -> bool:
-    # Compilers cannot trace the question, and compile for each mode apart.
-    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()

@@ -55,6 +55,9 @@ class _Regions(NamedTuple):
     recomputed: Any
 
 
+_NO_REGIONS = _Regions([], None)
+
+
 def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread: a forward here is recomputed."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -68,7 +71,9 @@ def saved_by() -> object:
 def keep(state: object, v: Tensor) -> None:
     """Keep, within checkpointed regions, what a read of a state's weight has used."""
     if not torch.compiler.is_compiling():
-        _keep(_regions(), state, v)
+        regions = _regions()
+        if regions.running:
+            _keep(regions, state, v)
 
 
 def kept(state: object, last: Tensor | None) -> Tensor | None:
@@ -85,13 +90,19 @@ def kept(state: object, last: Tensor | None) -> Tensor | None:
     return v
 
 
+def seen() -> bool:
+    """Whether any mode sees operations."""
+    modes: int = torch._C._len_torch_dispatch_stack()
+    return modes > 0
+
+
 def unseen() -> AbstractContextManager[object]:
     """A context in which selective checkpointing neither saves nor replays operations.
 
     It replays the i-th product of a region with what the i-th product was at first, and a
     recomputation of the weight takes fewer of them.
     """
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+    if not torch.compiler.is_compiling() and seen():
         from torch.utils import _python_dispatch as modes
 
         stack = modes._get_current_dispatch_mode_stack()
@@ -123,9 +134,9 @@ def _keep(regions: _Regions, state: object, v: Tensor) -> None:
 def _regions() -> _Regions:
     """The checkpointed runs further up the stack, out to the first that is being recomputed."""
     hook = _saving_hook()
-    running: list[Any] = []
     if hook is None and torch.is_grad_enabled() and not in_backward():
-        return _Regions(running, None)
+        return _NO_REGIONS
+    running: list[Any] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         region = _region_of(frame)

@@ -17,7 +17,14 @@ from .layers import Weight, is_packed, layer_type, packed_message, weight_named,
 from .options import Options, documents_options, settings_from
 from .parametrization import SpectralNorm
 from .pretrained import spell_as_before, spell_for_pretrained
-from .scopes import close_scope, expect_idle_scopes, norm_on, norms_of, open_scope
+from .scopes import (
+    close_own_scope,
+    close_scope,
+    expect_idle_scopes,
+    norm_on,
+    norms_of,
+    open_own_scope,
+)
 from .spellings import accept_spellings, forget_spellings
 from .takeover import hook_behind
 from .undoing import all_or_nothing
@@ -154,7 +161,7 @@ def attach(weight: Weight, norm: SpectralNorm) -> None:
     if row is not None:
         for attribute, value in row.overrides.items():
             setattr(type(owner), attribute, value)
-    open_scope(owner)
+    open_own_scope(owner)
     accept_spellings(owner)
     spell_for_pretrained(owner)
 
@@ -193,6 +200,8 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
     original = lists[name].original
     persistent = "original" not in lists[name]._non_persistent_buffers_set
     give_own_class(owner)
+    if len(list(norms_of(owner))) == 1:
+        close_own_scope(owner)
     parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
     if not persistent:
         owner._non_persistent_buffers_set.add(name)

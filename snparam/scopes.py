@@ -34,8 +34,40 @@ def norm_on(module: nn.Module, tensor_name: str) -> SpectralNorm | None:
     return dict(norms_of(module)).get(tensor_name)
 
 
+def open_own_scope(owner: nn.Module) -> None:
+    """Let each forward of a module with normalised weights of its own count as one.
+
+    By its class, which is its own: hooks would take as long as a small product.
+    """
+    cls = type(owner)
+    if "__call__" in vars(cls):
+        return
+    call: Any = cls.__call__
+
+    def scoped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            _begin(self, args)
+            try:
+                return call(self, *args, **kwargs)
+            finally:
+                _end(self, args, None)
+        begin(self)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            end(self)
+
+    cls.__call__ = scoped  # type: ignore[method-assign]
+
+
+def close_own_scope(owner: nn.Module) -> None:
+    """Undo `open_own_scope`, on a module whose class is its own still."""
+    if "__call__" in vars(type(owner)):
+        del type(owner).__call__
+
+
 def open_scope(module: nn.Module) -> None:
-    """Let each forward of a module count as one for the weights it reads."""
+    """Let each forward of a module count as one for the weights that it reads of others."""
     if not has_scope(module):
         module.register_forward_pre_hook(_begin, prepend=True)
         module.register_forward_hook(_end, always_call=True)
@@ -50,7 +82,9 @@ def open_scopes(model: nn.Module) -> None:
     """`open_scope` for every module that may read a normalised weight inside it."""
     without = (nn.Module.forward, nn.Sequential.forward)
     for module in model.modules():
-        if getattr(type(module), "forward", None) not in without and is_normalised(module):
+        own = any(True for _ in norms_of(module))
+        reads = getattr(type(module), "forward", None) not in without
+        if reads and not own and is_normalised(module):
             open_scope(module)
 
 
@@ -101,7 +135,7 @@ def _begin(module: nn.Module, _args: object) -> None:
             if norm.moves:
                 norm.forwards.enter_traced(own=own)
     elif not _is_idle(module):
-        begin(module, [norm.forwards for _, norm in norms_of(module)])
+        begin(module, by_hook=True)
 
 
 def _end(module: nn.Module, _args: object, _output: object) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from . import linalg
 from .conversion import plan_conversion
-from .parametrization import SpectralNorm, is_finite, stack_of
+from .parametrization import SpectralNorm
 from .plan import REFUSE
 from .registration import read_as_eval
 from .scopes import norms_of
 from .sharded import ShardedStack
+from .stacks import is_finite, stack_of
 from .tables import aligned
 
 

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from . import linalg
 from .completion import completed
-from .parametrization import SpectralNorm, compute_dtype, is_finite, stack_of
+from .parametrization import SpectralNorm
 from .reading import fitting_axis, left_vector, torch_axis
 from .scopes import norms_of
+from .stacks import compute_dtype, is_finite, stack_of
 
 # While tied weights are loaded with `assign=True`, one owner after the other: the Parameter that
 # the first of them had, and the one that it has got.

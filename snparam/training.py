@@ -14,9 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from . import linalg
 from .division import without_autocast
-from .parametrization import Estimate, SpectralNorm, stack_of
+from .parametrization import SpectralNorm
 from .sharded import ShardedStack, is_sharded, steps_together
 from .spectrum import norms_in
+from .stacks import Estimate, stack_of
 
 # Matrices of at most this many entries are updated together with others of their shape. Stacking
 # copies them, which costs less than an update's operations one by one only while they are small:

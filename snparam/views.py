@@ -62,7 +62,7 @@ class View:
 
     def to_matrix(self, weight: Tensor, like: Tensor | None = None) -> Tensor:
         """`to_matrices` for a view of one block: (m, n)."""
-        if weight.ndim == 2 and self.order == self._in_place:
+        if self.is_plain:
             return weight
         return self.to_matrices(weight, like).squeeze(0)
 
@@ -74,6 +74,11 @@ class View:
         inverse = [order.index(axis) for axis in range(len(order))]
         permuted = [self.split[axis] for axis in order]
         return matrices.reshape(permuted).permute(inverse).reshape(self.shape)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the weight is the matrix already."""
+        return len(self.shape) == 2 and self.order == self._in_place
 
     @cached_property
     def _in_place(self) -> tuple[int, ...]:

@@ -172,6 +172,33 @@ def test_a_forward_that_fails_leaves_nothing_behind():
     assert_moved(layer, before, 2)
 
 
+def test_forwards_that_are_interrupted_leave_nothing_behind():
+    """A KeyboardInterrupt skips torch's forward hooks, the always-called ones too."""
+
+    class Interrupted(Parent):
+        on = True
+
+        def forward(self, x):
+            x = super().forward(x)
+            if self.on:
+                raise KeyboardInterrupt
+            return x
+
+    model = randomise(snparam.convert_model(nn.Sequential(Interrupted(True), Parent(True))))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+    model[0].on = False
+    before = all_u(model)
+    for _ in range(3):
+        model(x)
+    assert_moved(model, before, 3)
+    with torch.no_grad():
+        for _ in range(2):  # outside of every forward, each read is one of its own
+            assert model[1].proj.weight is not model[1].proj.weight
+
+
 # What never moves it
 
 

@@ -1,0 +1,351 @@
+"""One matrix on a CPU, eagerly: a step and a division in as few operations as there can be.
+
+The same mathematics as `linalg` and `division` have for stacks of matrices anywhere. On a CPU a
+number can be read at no cost, so that norms are numbers and not tensors of one element; what a step
+costs in a small layer is the number of its operations, and in a large one it is memory: how often
+the weight is read, and how much memory is asked for anew, each page of which the system first
+fills with zeros.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .division import Division, gradients_in_graph, without_autocast
+from .views import View
+
+# Vectors of a length between these are left as long as they are. Products of a few such lengths are
+# normal numbers, with all their digits, in float32.
+_LEAST, _MOST = 1e-4, 1e4
+
+# From this many entries on, memory comes from the system and goes back to it: glibc's malloc begins
+# to do so at 128 KiB.
+_LARGE = 1 << 15
+
+_DTYPES = (torch.float32, torch.float64)
+
+_C: Any = torch._C
+
+
+class Step(NamedTuple):
+    """What a step finds. Neither vector is made a unit one, which would be an operation more.
+
+    Attributes:
+        sigma: σ. Zero for a zero matrix, and not finite for one that is not.
+        t: (m,), along u, unless σ is zero.
+        x: (n,), along v.
+        size: ‖t‖.
+        length: ‖x‖.
+    """
+
+    sigma: float
+    t: Tensor
+    x: Tensor
+    size: float
+    length: float
+
+
+def is_here(weight: Tensor) -> bool:
+    """Whether this file is for a weight: numbers computed from it can be read at no cost."""
+    kind = type(weight)
+    return (
+        (kind is nn.Parameter or (kind is Tensor and forward_ad._current_level < 0))
+        and weight.is_cpu
+        and weight.dtype in _DTYPES
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+class Matrix:
+    """A weight read as one matrix; where that copies nothing, for as long as it lies where it does.
+
+    Attributes:
+        matrix: (m, n).
+        transposed: (n, m).
+        flat: (m · n,), in the order in which the entries lie, or None where `matrix` is a copy.
+        strides: of the weight.
+    """
+
+    __slots__ = ("_address", "_contiguous", "flat", "matrix", "strides", "transposed")
+
+    def __init__(self, weight: Tensor, view: View) -> None:
+        weight = weight.detach()
+        self.matrix = view.to_matrix(weight)
+        self.transposed = self.matrix.t()
+        self.strides = weight.stride()
+        self._address = weight.data_ptr()
+        self._contiguous = weight.is_contiguous()
+        extent = 1 + sum((n - 1) * step for n, step in zip(weight.shape, self.strides, strict=True))
+        is_dense = extent == weight.numel()
+        is_alias = self.matrix.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        self.flat = _as_it_lies(weight) if is_dense and is_alias else None
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether this is a weight as it is now. No other lies where this one keeps its memory."""
+        return (
+            self.flat is not None
+            and weight.data_ptr() == self._address
+            and weight.is_contiguous() == self._contiguous
+        )
+
+
+def step(of: Matrix, u: Tensor) -> Step:
+    """`linalg.power_step` for one matrix, float32 or float64, and one vector.
+
+    Args:
+        of: (m, n).
+        u: (m,), of any length.
+    """
+    return finish_step(of, torch.mv(of.transposed, u))
+
+
+def finish_step(of: Matrix, x: Tensor) -> Step:
+    """The second half of a step, or all of it again, to the bit, from the `x` of an earlier one."""
+    matrix = of.matrix
+    length = _norm(x)
+    if not _LEAST < length < _MOST:
+        if length > 0:
+            x.div_(length)
+        else:  # u is orthogonal to every column: another direction finds the matrix again
+            x.fill_(matrix.shape[1] ** -0.5)
+        length = _norm(x)
+    t = torch.mv(matrix, x)
+    size = _norm(t)
+    sigma = size / length
+    if not _LEAST**2 < size < _MOST**2:
+        t.div_(size or 1.0)
+        size = 1.0
+    return Step(sigma, t, x, size, length)
+
+
+def _as_it_lies(tensor: Tensor) -> Tensor:
+    """All entries of a tensor without gaps, in the order of its memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _norm(x: Tensor) -> float:
+    square = torch.dot(x, x).item()
+    if 1e-30 < square < 1e30:
+        return math.sqrt(square)
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+
+
+class Memory:
+    """Memory for the values of one weight, written anew once nobody else holds what it was for.
+
+    A training forward asks for as much memory as the network has weights, all of which is free
+    again after the backward. To go back to the system with it, and to be given pages filled with
+    zeros for it, takes longer than what is then computed.
+    """
+
+    def __init__(self) -> None:
+        self._earlier: Tensor | None = None
+        self._storage = 0
+
+    def like(self, weight: Tensor) -> Tensor:
+        """An uninitialised tensor of a weight's shape, strides and dtype, without a gradient."""
+        earlier = self._earlier
+        # One holder is `earlier`: other tensors, what autograd saves, and Python's storages count.
+        if (
+            earlier is not None
+            and _C._storage_Use_Count(self._storage) == 1
+            and earlier.shape == weight.shape
+            and earlier.stride() == weight.stride()
+            and earlier.dtype == weight.dtype
+        ):
+            return earlier.data
+        out = torch.empty_like(weight, requires_grad=False)
+        self._earlier = out.data
+        self._storage = _C._storage_address(out)
+        return out
+
+
+class Passes:
+    """The normalised weight of all passes, forward and backward, between two updates.
+
+    Large weights only: small ones are divided in the time that it takes to compare.
+    """
+
+    def __init__(self) -> None:
+        self._value: Tensor | None = None
+        self._made_of: object = None
+
+    def value(self, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """That of an earlier pass, if the weight is as it was, or a new one."""
+        if (
+            weight.numel() < _LARGE
+            or not (weight.is_leaf and weight.requires_grad and torch.is_grad_enabled())
+            or not weight.is_contiguous()
+            or torch.is_inference_mode_enabled()
+            or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        ):
+            return make()
+        # Who trains without an optimizer of torch's, past version counters, is found out by a few
+        # of the entries.
+        some = weight.detach().as_strided((16,), (weight.numel() // 16,)).tolist()
+        made_of = (weight.data_ptr(), weight._version, some)
+        if self._value is None or self._made_of != (*made_of, self._value._version):
+            self._value = make()
+            self._made_of = (*made_of, self._value._version)
+        return self._value
+
+    def end(self) -> None:
+        """Forget the value: the weight is about to change, or has changed."""
+        self._value = None
+
+
+def divide(weight: Tensor, gain: Tensor | None, by: Division, of: Matrix, memory: Memory) -> Tensor:
+    """`division.divide` for the weights of this file.
+
+    Args:
+        weight: of the view's shape.
+        gain: γ, (1,), or None.
+        by: the divisor, with numbers for its value and its slope.
+        of: the weight as a matrix.
+        memory: where to write large weights that a gradient flows into.
+    """
+    out = None
+    if (
+        weight.numel() >= _LARGE
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and _COUNTS_HOLDERS
+        and not torch._C._len_torch_dispatch_stack()
+    ):
+        out = memory.like(weight)
+        if not _ALONE:
+            _learn_what_alone_looks_like()
+    # Past Function.apply, which looks for transforms that `is_here` has excluded.
+    divided: Tensor = _apply(weight, gain, by, of, out)  # type: ignore[no-untyped-call]
+    return divided
+
+
+class _Divide(torch.autograd.Function):
+    """`divide` in one pass, and its backward in one dot product and one rank-one update.
+
+    The weight is kept with its version and not as a saved tensor, so that one normalised weight can
+    serve several backward passes that each free their graphs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        gain: Tensor | None,
+        by: Division,
+        of: Matrix,
+        out: Tensor | None,
+    ) -> Tensor:
+        ctx.weight, ctx.gain, ctx.by, ctx.of = weight, gain, by, of
+        ctx.version = weight._version
+        divisor = by.divisor or 1.0
+        if gain is None:
+            ctx.scale = 1.0 / divisor
+            return torch.div(weight, divisor, out=out)
+        # Rounded as γ is, so that a γ that was set to the divisor leaves the weight as it was.
+        ctx.scale = gain.item() / torch.tensor(divisor, dtype=gain.dtype).item()
+        ctx.gain_version = gain._version
+        return torch.mul(weight, ctx.scale, out=out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, gain, by = ctx.weight, ctx.gain, ctx.by
+        if weight._version != ctx.version:
+            raise _changed("weight", weight, ctx.version)
+        if torch.is_grad_enabled():
+            if gain is not None and gain._version != ctx.gain_version:
+                raise _changed("gain", gain, ctx.gain_version)
+            with without_autocast(grad):
+                return (*gradients_in_graph(grad, weight, gain, by), None, None, None)
+        alone = (
+            weight.numel() >= _LARGE
+            and len(_ALONE) > 0
+            and _C._has_storage(grad)
+            and _holders(grad) in _ALONE
+        )
+        if torch.is_autocast_enabled("cpu"):
+            with without_autocast(grad):
+                return (*_gradients(ctx, grad, alone), None, None, None)
+        return (*_gradients(ctx, grad, alone), None, None, None)
+
+
+_apply = super(torch.autograd.Function, _Divide).apply
+
+
+def _changed(what: str, tensor: Tensor, version: int) -> RuntimeError:
+    return RuntimeError(
+        f"SpectralNorm: a {what} of shape {tuple(tensor.shape)} that is needed for computing "
+        "gradients has been changed by an in-place operation between the forward and the "
+        f"backward: it is at version {tensor._version}, expected version {version}. Call "
+        "backward before optimizer.step(), or compute the forward again after it."
+    )
+
+
+def _gradients(ctx: Any, grad: Tensor, alone: bool) -> tuple[Tensor, Tensor | None]:
+    """γ/d (G − slope · ⟨G, W⟩/d · u vᵀ) for the weight, and ⟨G, W⟩/d for γ."""
+    weight, by, of, scale = ctx.weight, ctx.by, ctx.of, ctx.scale
+    view, divisor, u = by.view, by.divisor or 1.0, by.u
+    g = grad if view.is_plain else view.to_matrix(grad, like=weight)
+    if grad.stride() == of.strides and of.flat is not None:
+        inner = torch.dot(_as_it_lies(grad), of.flat)
+    else:
+        inner = torch.dot(g.reshape(-1), view.to_matrix(weight).reshape(-1))
+    try:
+        # Not slope · ⟨G, W⟩ / d², which underflows first.
+        rate = -by.slope * (inner.item() / divisor) * scale
+    except RuntimeError:  # a batch of gradients (is_grads_batched) has one for each
+        rate, alone, u = -by.slope * scale, False, u * (inner / divisor)
+    if alone and g.data_ptr() == grad.data_ptr():
+        combined = g.addr_(u, by.v, beta=scale, alpha=rate)
+    else:
+        combined = torch.addr(g, u, by.v, beta=scale, alpha=rate)
+    into_weight = combined if view.is_plain else view.from_matrices(combined, like=weight)
+    gain = ctx.gain
+    return into_weight, None if gain is None else (inner / divisor).view(1).to(gain.dtype)
+
+
+# Whether a gradient may be overwritten: only where nobody else can see it. torch's engine asks the
+# same before it adds gradients in place (torch/csrc/autograd/input_buffer.cpp). What a gradient
+# that nobody else can see looks like from `backward` is learned from two: one with memory of its
+# own and one that is a view of a tensor that nobody holds.
+_ALONE: set[tuple[int, ...]] = set()
+
+# None of these is public. Without them all memory is new.
+_COUNTS_HOLDERS = hasattr(Tensor, "_use_count") and all(
+    hasattr(_C, name) for name in ("_has_storage", "_storage_address", "_storage_Use_Count")
+)
+
+
+def _holders(grad: Any) -> tuple[int, ...]:
+    """How often a gradient, its memory, and the tensor it is a view of, are referred to."""
+    storage, base = _C._storage_address(grad), grad._base
+    counts = (sys.getrefcount(grad), grad._use_count(), _C._storage_Use_Count(storage))
+    return counts if base is None else (*counts, sys.getrefcount(base), base._use_count())
+
+
+class _Probe(torch.autograd.Function):
+    """Learns what gradients look like that nobody else holds."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:
+        with without_autocast(grad):
+            _ALONE.add(_holders(grad))
+        return grad.clone()
+
+
+def _learn_what_alone_looks_like() -> None:
+    x = torch.ones(2, requires_grad=True)
+    probe: Any = super(torch.autograd.Function, _Probe).apply
+    torch.autograd.grad((probe(x) * 2.0).sum(), x)
+    torch.autograd.grad((probe(x).view(1, 2) * 2.0).sum(), x)
