@@ -29,14 +29,18 @@ class Constraint:
     coeff: float = 1.0
     soft: bool = False
 
-    def divisor(self, sigma: Tensor | float) -> tuple[Tensor | float, Tensor | float]:
-        """d(σ) and dd/dσ, for σ (b,) or a number."""
+    def divisor(self, sigma: Tensor) -> tuple[Tensor, Tensor | float]:
+        """d(σ) and dd/dσ, for σ (b,)."""
         if not self.soft:
             return (sigma, 1.0) if self.coeff == 1 else (sigma / self.coeff, 1 / self.coeff)
-        if isinstance(sigma, Tensor):
-            over = sigma > self.coeff
-            return torch.where(over, sigma / self.coeff, 1.0), over.to(sigma.dtype) / self.coeff
-        return (sigma / self.coeff, 1 / self.coeff) if sigma > self.coeff else (1.0, 0.0)
+        over = sigma > self.coeff
+        return torch.where(over, sigma / self.coeff, 1.0), over.to(sigma.dtype) / self.coeff
+
+    def divisor_of(self, sigma: float) -> tuple[float, float]:
+        """`divisor` for a number."""
+        if self.soft and sigma <= self.coeff:
+            return 1.0, 0.0
+        return sigma / self.coeff, 1 / self.coeff
 
     def norm_of(self, sigma: Tensor, gain: Tensor | None) -> Tensor:
         """The norm (b,) that a weight with the given σ has under the constraint; 0 stays 0."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +29,9 @@ _LEAST, _MOST = 1e-4, 1e4
 _LARGE = 1 << 15
 
 _DTYPES = (torch.float32, torch.float64)
+
+# For the arguments of the division that are not tensors.
+_NO_GRADIENTS = (None, None, None, None)
 
 _C: Any = torch._C
 
@@ -61,6 +63,11 @@ def is_here(weight: Tensor) -> bool:
         and weight.dtype in _DTYPES
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def is_alone() -> bool:
+    """Whether nothing sees or changes operations: no mode, no autocast."""
+    return not (torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"))
 
 
 class Matrix:
@@ -168,40 +175,52 @@ class Memory:
 
 
 class Passes:
-    """The normalised weight of all passes, forward and backward, between two updates.
+    """The values of the normalised weight for all passes between two updates.
 
-    Large weights only: small ones are divided in the time that it takes to compare.
+    The values are shared and nothing else: each pass has a tensor and a node of the graph of its
+    own. One node for all would be older than the rest of the later graphs, and autograd goes to the
+    oldest nodes last, with the gradients of all weights waiting for them.
     """
 
     def __init__(self) -> None:
-        self._value: Tensor | None = None
+        self._values: Tensor | None = None
         self._made_of: object = None
 
-    def value(self, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """That of an earlier pass, if the weight is as it was, or a new one."""
-        if (
-            weight.numel() < _LARGE
-            or not (weight.is_leaf and weight.requires_grad and torch.is_grad_enabled())
-            or not weight.is_contiguous()
-            or torch.is_inference_mode_enabled()
-            or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        ):
-            return make()
-        # Who trains without an optimizer of torch's, past version counters, is found out by a few
-        # of the entries.
-        some = weight.detach().as_strided((16,), (weight.numel() // 16,)).tolist()
-        made_of = (weight.data_ptr(), weight._version, some)
-        if self._value is None or self._made_of != (*made_of, self._value._version):
-            self._value = make()
-            self._made_of = (*made_of, self._value._version)
-        return self._value
+    def values(self, weight: Tensor, scale: float) -> Tensor | None:
+        """A tensor with the values of an earlier pass, or None if the weight is not as it was."""
+        values = self._values
+        if values is not None and self._made_of == (_now(weight), scale, values._version):
+            return values.detach()
+        return None
+
+    def begin(self, weight: Tensor, scale: float, values: Tensor) -> None:
+        """Share the values of a first pass."""
+        if weight.is_contiguous():
+            self._values = values.detach()
+            self._made_of = (_now(weight), scale, values._version)
 
     def end(self) -> None:
-        """Forget the value: the weight is about to change, or has changed."""
-        self._value = None
+        """Forget the values: the weight is about to change, or has changed."""
+        self._values = None
 
 
-def divide(weight: Tensor, gain: Tensor | None, by: Division, of: Matrix, memory: Memory) -> Tensor:
+def _now(weight: Tensor) -> object:
+    """Where a weight is and what it holds, as far as a few of its entries tell.
+
+    They tell of who trains without an optimizer of torch's, past version counters.
+    """
+    some = weight.detach().as_strided((8,), (weight.numel() // 8,)).tolist()
+    return weight.data_ptr(), weight._version, some
+
+
+def divide(
+    weight: Tensor,
+    gain: Tensor | None,
+    by: Division,
+    of: Matrix,
+    memory: Memory,
+    passes: Passes | None = None,
+) -> Tensor:
     """`division.divide` for the weights of this file.
 
     Args:
@@ -210,8 +229,13 @@ def divide(weight: Tensor, gain: Tensor | None, by: Division, of: Matrix, memory
         by: the divisor, with numbers for its value and its slope.
         of: the weight as a matrix.
         memory: where to write large weights that a gradient flows into.
+        passes: what to share their values by.
     """
-    out = None
+    scale = 1.0 / float(by.divisor or 1.0)
+    if gain is not None:
+        # Rounded as γ is, so that a γ that was set to the divisor leaves the weight as it was.
+        scale = gain.item() / torch.tensor(by.divisor or 1.0, dtype=gain.dtype).item()
+    values, done = None, False
     if (
         weight.numel() >= _LARGE
         and weight.requires_grad
@@ -219,19 +243,36 @@ def divide(weight: Tensor, gain: Tensor | None, by: Division, of: Matrix, memory
         and _COUNTS_HOLDERS
         and not torch._C._len_torch_dispatch_stack()
     ):
-        out = memory.like(weight)
         if not _ALONE:
             _learn_what_alone_looks_like()
+        if passes is not None:
+            values = passes.values(weight, scale)
+        done = values is not None
+        if values is None:
+            values = memory.like(weight)
     # Past Function.apply, which looks for transforms that `is_here` has excluded.
-    divided: Tensor = _apply(weight, gain, by, of, out)  # type: ignore[no-untyped-call]
+    divided: Tensor = _apply(  # type: ignore[no-untyped-call]
+        weight, gain, by, of, scale, _Into(values, done)
+    )
+    if values is not None and not done and passes is not None:
+        passes.begin(weight, scale, divided)
     return divided
+
+
+class _Into(NamedTuple):
+    """Where a normalised weight goes, and whether it is there already.
+
+    A tuple, because autograd would look at a tensor among the arguments.
+    """
+
+    values: Tensor | None
+    done: bool
 
 
 class _Divide(torch.autograd.Function):
     """`divide` in one pass, and its backward in one dot product and one rank-one update.
 
-    The weight is kept with its version and not as a saved tensor, so that one normalised weight can
-    serve several backward passes that each free their graphs.
+    The weight is kept with its version and not as a saved tensor, which would be operations more.
     """
 
     @staticmethod
@@ -241,18 +282,20 @@ class _Divide(torch.autograd.Function):
         gain: Tensor | None,
         by: Division,
         of: Matrix,
-        out: Tensor | None,
+        scale: float,
+        into: _Into,
     ) -> Tensor:
-        ctx.weight, ctx.gain, ctx.by, ctx.of = weight, gain, by, of
+        ctx.weight, ctx.gain, ctx.by, ctx.of, ctx.scale = weight, gain, by, of, scale
         ctx.version = weight._version
-        divisor = by.divisor or 1.0
-        if gain is None:
-            ctx.scale = 1.0 / divisor
-            return torch.div(weight, divisor, out=out)
-        # Rounded as γ is, so that a γ that was set to the divisor leaves the weight as it was.
-        ctx.scale = gain.item() / torch.tensor(divisor, dtype=gain.dtype).item()
-        ctx.gain_version = gain._version
-        return torch.mul(weight, ctx.scale, out=out)
+        ctx.gain_version = 0 if gain is None else gain._version
+        values = into.values
+        if into.done:
+            assert values is not None
+        elif gain is None:
+            values = torch.div(weight, by.divisor or 1.0, out=values)
+        else:
+            values = torch.mul(weight, scale, out=values)
+        return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -263,7 +306,7 @@ class _Divide(torch.autograd.Function):
             if gain is not None and gain._version != ctx.gain_version:
                 raise _changed("gain", gain, ctx.gain_version)
             with without_autocast(grad):
-                return (*gradients_in_graph(grad, weight, gain, by), None, None, None)
+                return (*gradients_in_graph(grad, weight, gain, by), *_NO_GRADIENTS)
         alone = (
             weight.numel() >= _LARGE
             and len(_ALONE) > 0
@@ -272,8 +315,8 @@ class _Divide(torch.autograd.Function):
         )
         if torch.is_autocast_enabled("cpu"):
             with without_autocast(grad):
-                return (*_gradients(ctx, grad, alone), None, None, None)
-        return (*_gradients(ctx, grad, alone), None, None, None)
+                return (*_gradients(ctx, grad, alone), *_NO_GRADIENTS)
+        return (*_gradients(ctx, grad, alone), *_NO_GRADIENTS)
 
 
 _apply = super(torch.autograd.Function, _Divide).apply

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from .constraint import Constraint
 from .division import Division, divide, without_autocast
 from .forwards import Forwards, Reading
 from .options import Settings
-from .recomputation import held, in_backward, keep, kept, saved_by, seen, unseen
+from .recomputation import held, in_backward, keep, kept, saved_by, unseen
 from .stacks import Estimate, compute_dtype, is_finite, stack_of
 from .views import View
 from .watching import watch
@@ -130,17 +130,18 @@ class SpectralNorm(nn.Module):
         Within one forward of the layer the first read computes it and later ones share it.
         """
         mode: object
-        if torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling()
+        if traced:
             reading = self.forwards.current_traced()
             mode = torch.is_grad_enabled()
         else:
             reading = self.forwards.current(self)
             mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), saved_by())
         if reading is None:
-            return self._normalise(weight, Reading())
+            return self._normalise(weight, Reading(), traced)
         value = reading.values.get(mode)
         if value is None:
-            value = reading.values[mode] = self._normalise(weight, reading)
+            value = reading.values[mode] = self._normalise(weight, reading, traced)
         return value
 
     def right_inverse(self, value: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def estimate(self, weight: Tensor) -> Tensor:
         """The σ (b,) that a forward in eval mode divides by; nothing is stored."""
-        if self._is_by_numbers(weight):
+        if self._single and cpu.is_here(weight):
             of = cpu.Matrix(weight, self.view)
             step = cpu.step(of, self._flat_u().to(weight.dtype))
             return weight.new_tensor([step.sigma], requires_grad=False)
@@ -248,17 +249,25 @@ class SpectralNorm(nn.Module):
 
     # The weight itself
 
-    def _normalise(self, weight: Tensor, reading: Reading) -> Tensor:
-        """W / σ, moving the state if this is the first read of a training forward."""
-        here = self._is_by_numbers(weight)
-        normalise = self._by_numbers if here else self._by_stacks
-        if here and not torch.is_autocast_enabled("cpu") and not seen():
-            return normalise(weight, reading)
-        with without_autocast(weight), unseen():
-            return normalise(weight, reading)
+    def _normalise(self, weight: Tensor, reading: Reading, traced: bool) -> Tensor:
+        """W / σ, moving the state if this is the first read of a training forward.
 
-    def _is_by_numbers(self, weight: Tensor) -> bool:
-        return not torch.compiler.is_compiling() and self._single and cpu.is_here(weight)
+        Args:
+            weight: the original.
+            reading: what the forward has read so far.
+            traced: whether a compiler is looking, in whose graphs there are no checkpointed regions
+                to keep anything for, and no numbers.
+        """
+        if traced:
+            with without_autocast(weight):
+                return self._by_stacks(weight, reading, traced=True)
+        if self._single and cpu.is_here(weight):
+            if cpu.is_alone():
+                return self._by_numbers(weight, reading)
+            with without_autocast(weight), unseen():
+                return self._by_numbers(weight, reading)
+        with without_autocast(weight), unseen():
+            return self._by_stacks(weight, reading, traced=False)
 
     def _by_numbers(self, weight: Tensor, reading: Reading) -> Tensor:
         """One matrix on a CPU."""
@@ -268,9 +277,8 @@ class SpectralNorm(nn.Module):
             of = cpu.Matrix(weight, self.view)
             self._matrix = of if weight.is_leaf and not torch.is_inference_mode_enabled() else None
         if self.training and self.settings.update == "step":
-            step = self._last_update(weight)
-            return self._passes.value(weight, lambda: self._divided(weight, step, of))
-        moves, repeated = self._moves(reading)
+            return self._divided(weight, self._last_update(weight), of, self._passes)
+        moves, repeated = self._moves(reading, traced=False)
         if repeated is not None:
             return self._divided(weight, cpu.finish_step(of, repeated.view(-1)), of)
         u = self._flat_u()
@@ -284,14 +292,15 @@ class SpectralNorm(nn.Module):
             if 0 < step.sigma < math.inf:
                 torch.div(step.t, step.size, out=u)
             # Straight from the dict, past a lookup that takes as long as a small product.
-            cast(Tensor, self._buffers["sv"]).fill_(step.sigma)
+            sv: Any = self._buffers["sv"]
+            sv.fill_(step.sigma)
             self._keep(step.x)
         reading.v = step.x
         return self._divided(weight, step, of)
 
     def _flat_u(self) -> Tensor:
         """u (m,), where it is."""
-        u = cast(Tensor, self._buffers["u"])
+        u: Any = self._buffers["u"]
         flat = self._u_flat
         if flat is None or flat[0] is not u or flat[1].data_ptr() != u.data_ptr():
             flat = self._u_flat = (u, u.view(-1))
@@ -301,49 +310,54 @@ class SpectralNorm(nn.Module):
         """What the last update has found."""
         last = self._last
         if last is None or self._behind:
-            u, v, sigma = self._current_step(weight)
-            last = self._last = cpu.Step(sigma.item(), u[0], v[0], 1.0, 1.0)
-        self.weight_id = id(weight)
+            u, v, sv = self._current_step(weight)
+            last = self._last = cpu.Step(sv.item(), u.view(-1), v.view(-1), 1.0, 1.0)
+        if self.weight_id != id(weight):
+            self.weight_id = id(weight)
         return last
 
-    def _divided(self, weight: Tensor, step: cpu.Step, of: cpu.Matrix) -> Tensor:
-        divisor, slope = self.constraint.divisor(step.sigma)
-        slope = cast(float, slope) / (step.size * step.length)
+    def _divided(
+        self, weight: Tensor, step: cpu.Step, of: cpu.Matrix, passes: cpu.Passes | None = None
+    ) -> Tensor:
+        divisor, slope = self.constraint.divisor_of(step.sigma)
+        slope /= step.size * step.length
         by = Division(divisor, slope, step.t, step.x, self.view)
         gain = None if self.settings.gain is None else self.gain
-        return cpu.divide(weight, gain, by, of, self._memory)
+        return cpu.divide(weight, gain, by, of, self._memory, passes)
 
-    def _by_stacks(self, weight: Tensor, reading: Reading) -> Tensor:
+    def _by_stacks(self, weight: Tensor, reading: Reading, traced: bool) -> Tensor:
         """Any weight, anywhere."""
         if self.settings.update == "step" and self.training:
-            u, v, sigma = self._current_step(weight)
+            # A compiled graph takes the buffers as its inputs, in place, whatever they hold.
+            of = self._stored() if traced else self._current_step(weight)
+            u, v, sigma = (found[:, 0] for found in of)
         else:
-            moves, repeated = self._moves(reading)
+            moves, repeated = self._moves(reading, traced)
             # Detached, so that nothing is recorded: u and v are constants to autograd.
             u, v, found, sigma = self._stack_step(weight.detach(), moves, repeated)
+            if moves and not traced:
+                self._keep(found)
             reading.v = found if repeated is None else repeated
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if traced and torch.is_grad_enabled():
             u, v, sigma = held(u, v, sigma)
         divisor, slope = self.constraint.divisor(sigma)
         gain = None if self.settings.gain is None else self.gain
         return divide(weight, Division(divisor, slope, u, v, self.view), gain)
 
-    def _moves(self, reading: Reading) -> tuple[bool, Tensor | None]:
+    def _moves(self, reading: Reading, traced: bool) -> tuple[bool, Tensor | None]:
         """Whether a read moves the state, and if not, the v that it repeats, if it repeats any."""
         repeated = reading.v
         if repeated is not None:
-            keep(self, repeated)  # for a region that has begun since the first read
+            if not traced:
+                keep(self, repeated)  # for a region that has begun since the first read
         elif self.training and not self._frozen:
-            if not in_backward():
+            if traced or not in_backward():
                 return True, None
             repeated = kept(self, self.forwards.last_v)
         return False, repeated
 
-    def _current_step(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u (b, m), v (b, n) and σ (b,) of the last update, without a product."""
-        if torch.compiler.is_compiling():
-            # A compiled graph takes the buffers as its inputs, in place, whatever they hold.
-            return self.u[:, 0], self.v[:, 0], self.sv[:, 0]
+    def _current_step(self, weight: Tensor) -> Estimate:
+        """What the last update has found, without a product."""
         self.weight_id = id(weight)
         if self._behind:
             self._warn_behind()
@@ -353,10 +367,10 @@ class SpectralNorm(nn.Module):
         if current is None or current.u.device != weight.device:  # new, copied, loaded or moved
             current = Estimate(*(x.to(compute_dtype(x.dtype), copy=True) for x in self._stored()))
             self._current = None if current.u.is_inference() else current
-        return current.u[:, 0], current.v[:, 0], current.sv[:, 0]
+        return current
 
-    def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.u, self.v, self.sv
+    def _stored(self) -> Estimate:
+        return Estimate(self.u, self.v, self.sv)
 
     def _stack_step(
         self, weight: Tensor, moves: bool, repeated: Tensor | None
@@ -380,12 +394,11 @@ class SpectralNorm(nn.Module):
                 u, v, sv = linalg.power_step(matrices, u, eps)
             self.u.copy_(u)
             self.sv.copy_(sv)
-            self._keep(v)
         return u[:, 0], v[:, 0], v, sv[:, 0]
 
     def _keep(self, v: Tensor) -> None:
         """Keep what a recomputation of this forward, in a backward pass, has to start from."""
-        if not torch.compiler.is_compiling() and not v.is_inference():
+        if not v.is_inference():
             self.forwards.moved(v)
             keep(self, v)
 

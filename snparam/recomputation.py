@@ -60,20 +60,21 @@ _NO_REGIONS = _Regions([], None)
 
 def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread: a forward here is recomputed."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    task: int = torch._C._current_graph_task_id()
+    return task != -1
 
 
-def saved_by() -> object:
+def saved_by() -> Any:
     """What autograd saves tensors by, which is not the same in a checkpointed region as outside."""
-    return None if torch.compiler.is_compiling() else _saving_hook()
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
 
 
 def keep(state: object, v: Tensor) -> None:
     """Keep, within checkpointed regions, what a read of a state's weight has used."""
-    if not torch.compiler.is_compiling():
-        regions = _regions()
-        if regions.running:
-            _keep(regions, state, v)
+    regions = _regions()
+    if regions.running:
+        _keep(regions, state, v)
 
 
 def kept(state: object, last: Tensor | None) -> Tensor | None:
@@ -90,19 +91,13 @@ def kept(state: object, last: Tensor | None) -> Tensor | None:
     return v
 
 
-def seen() -> bool:
-    """Whether any mode sees operations."""
-    modes: int = torch._C._len_torch_dispatch_stack()
-    return modes > 0
-
-
 def unseen() -> AbstractContextManager[object]:
     """A context in which selective checkpointing neither saves nor replays operations.
 
     It replays the i-th product of a region with what the i-th product was at first, and a
     recomputation of the weight takes fewer of them.
     """
-    if not torch.compiler.is_compiling() and seen():
+    if torch._C._len_torch_dispatch_stack():
         from torch.utils import _python_dispatch as modes
 
         stack = modes._get_current_dispatch_mode_stack()
@@ -133,7 +128,7 @@ def _keep(regions: _Regions, state: object, v: Tensor) -> None:
 
 def _regions() -> _Regions:
     """The checkpointed runs further up the stack, out to the first that is being recomputed."""
-    hook = _saving_hook()
+    hook = saved_by()
     if hook is None and torch.is_grad_enabled() and not in_backward():
         return _NO_REGIONS
     running: list[Any] = []
@@ -166,11 +161,6 @@ def _region_of(frame: FrameType) -> Any:
     if name == "unpack_hook":
         return _with("recompute_fn", frame.f_locals.get("frame"))
     return None
-
-
-def _saving_hook() -> Any:
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return None if hooks is None else hooks[0]
 
 
 def _of_hook(hook: Any) -> Any:

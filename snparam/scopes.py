@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -82,16 +83,18 @@ def open_scopes(model: nn.Module) -> None:
     """`open_scope` for every module that may read a normalised weight inside it."""
     without = (nn.Module.forward, nn.Sequential.forward)
     for module in model.modules():
-        own = any(True for _ in norms_of(module))
         reads = getattr(type(module), "forward", None) not in without
-        if reads and not own and is_normalised(module):
+        if reads and not _has_norms(module) and is_normalised(module):
             open_scope(module)
 
 
 def close_scope(module: nn.Module) -> None:
     """Undo `open_scope`, once no normalised weight is left inside the module."""
-    if is_normalised(module):
-        return
+    if not is_normalised(module):
+        _remove_hooks(module)
+
+
+def _remove_hooks(module: nn.Module) -> None:
     for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _begin]:
         del module._forward_pre_hooks[key]
     for key in [k for k, hook in module._forward_hooks.items() if hook is _end]:
@@ -119,9 +122,31 @@ def _is_idle(module: nn.Module) -> bool:
     return True
 
 
+@contextmanager
+def without_scopes(model: nn.Module) -> Iterator[None]:
+    """Within it, forwards of the model do not say where they begin and end, which takes time."""
+    owners = [m for m in model.modules() if "__call__" in vars(type(m)) and _has_norms(m)]
+    others = [m for m in model.modules() if has_scope(m)]
+    for owner in owners:
+        close_own_scope(owner)
+    for module in others:
+        _remove_hooks(module)
+    try:
+        yield
+    finally:
+        for owner in filter(_has_norms, owners):
+            open_own_scope(owner)
+        for module in filter(is_normalised, others):
+            open_scope(module)
+
+
 def is_normalised(module: nn.Module) -> bool:
     """Whether a module has a normalised weight, in it or inside it."""
-    return any(True for part in module.modules() for _ in norms_of(part))
+    return any(_has_norms(part) for part in module.modules())
+
+
+def _has_norms(module: nn.Module) -> bool:
+    return any(True for _ in norms_of(module))
 
 
 # In a compiled graph it matters only where a read moves the state which forward it belongs to:

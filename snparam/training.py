@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from . import linalg
 from .division import without_autocast
 from .parametrization import SpectralNorm
+from .scopes import without_scopes
 from .sharded import ShardedStack, is_sharded, steps_together
 from .spectrum import norms_in
 from .stacks import Estimate, stack_of
@@ -61,7 +62,8 @@ def cached(model: nn.Module) -> Iterator[None]:
     for norm in norms:
         norm.forwards.share(True)
     try:
-        yield
+        with without_scopes(model):
+            yield
     finally:
         for norm in norms:
             norm.forwards.share(False)

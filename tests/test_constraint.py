@@ -245,7 +245,7 @@ def test_impossible_constraints_are_refused(options: Any, error: type[Exception]
 @given(value=st.floats(0, 1e6), coeff=NORMS, soft=st.booleans())
 def test_numbers_and_tensors_agree(value: float, coeff: float, soft: bool) -> None:
     constraint = Constraint(coeff, soft)
-    number = constraint.divisor(value)
+    number = constraint.divisor_of(value)
     tensor = constraint.divisor(torch.tensor([value], dtype=torch.float64))
     for a, b in zip(number, tensor, strict=True):
         torch.testing.assert_close(

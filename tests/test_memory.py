@@ -385,7 +385,9 @@ def stepped():
 
 
 def test_passes_between_updates_share_the_weight_and_add_up(stepped):
-    assert stepped.weight is stepped.weight
+    first, second = stepped.weight, stepped.weight
+    assert first.data_ptr() == second.data_ptr()
+    assert first.grad_fn is not second.grad_fn
     passes = [X * scale for scale in (1.0, 0.5, 2.0)]
     for x in passes:
         stepped(x).square().sum().backward()
@@ -393,6 +395,25 @@ def test_passes_between_updates_share_the_weight_and_add_up(stepped):
     original_of(stepped).grad = None
     stepped(torch.cat(passes)).square().sum().backward()
     close(found, original_of(stepped).grad)
+
+
+def test_gradients_of_later_passes_do_not_wait_for_one_another():
+    """Else those of all weights would be held at once, as those of a plain network are not."""
+    model = nn.Sequential(
+        snparam.register_sn(nn.Linear(COLUMNS, COLUMNS), update="step"),
+        snparam.register_sn(nn.Linear(COLUMNS, COLUMNS), update="step"),
+    )
+    done = []
+    for number, layer in enumerate(model):
+        original_of(layer).register_post_accumulate_grad_hook(
+            lambda _, number=number: done.append(f"weight {number}")
+        )
+    for _ in range(3):
+        done.clear()
+        hidden = model[0](X)
+        hidden.register_hook(lambda _: done.append("hidden"))
+        model[1](hidden).square().sum().backward()
+        assert done == ["weight 1", "hidden", "weight 0"]
 
 
 def changes(layer):
@@ -431,7 +452,7 @@ def test_a_change_of_the_weight_ends_what_passes_share(stepped, change):
     first = stepped.weight
     changes(stepped)[change]()
     second = stepped.weight
-    assert second is not first
+    assert second.data_ptr() != first.data_ptr()
     original = original_of(stepped).detach()
     # Divided by one number: the last σ that was computed.
     ratio = original / second.detach()
@@ -460,7 +481,7 @@ def test_passes_of_another_kind_have_a_weight_of_their_own(stepped, how):
         original_of(stepped).requires_grad_(False)
         other = stepped.weight
         original_of(stepped).requires_grad_(True)
-    assert other is not first
+    assert other.data_ptr() != first.data_ptr()
     assert other.requires_grad == (how == "eval")
     close(other, first)
     stepped(X).sum().backward()
