@@ -201,7 +201,7 @@ class SpectralNorm(nn.Module):
             of = cpu.Matrix(weight, self.view)
             step = cpu.step(of, self._flat_u().to(weight.dtype))
             return weight.new_tensor([step.sigma], requires_grad=False)
-        return self._step_from_u(weight).sv[:, 0]
+        return self._stack_step(weight.detach(), moves=False, repeated=None)[3]
 
     def _step_from_u(self, weight: Tensor) -> Estimate:
         matrices = stack_of(weight.detach(), self.view)
@@ -377,18 +377,21 @@ class SpectralNorm(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The u (b, m) and v (b, n) of σ (b,), and all of v (b, k, n), by one step from u.
 
-        With `moves`, by `num_itrs` steps, stored in place. With `repeated`, the v of an earlier
-        read, from that, so that the numbers are those of that read to the bit.
+        With `moves`, by `num_itrs` steps, stored in place; without, a step for σ₁ alone, so that v
+        is (b, 1, n). With `repeated`, the v of an earlier read, from that, so that the numbers are
+        those of that read to the bit.
         """
         eps = self.settings.eps
         matrices = stack_of(weight, self.view)
         if repeated is not None:
-            v = repeated.view(*self.u.shape[:2], -1)
+            v = repeated.view(self.u.shape[0], -1, repeated.shape[-1])
             if repeated.ndim == 1:  # as `cpu` finds it, of any length
                 v = v / torch.linalg.vector_norm(v, dim=-1, keepdim=True)
             u, v, sv = linalg.finish_step(matrices, v, eps)
         else:
-            u, v, sv = linalg.power_step(matrices, self.u.to(matrices.dtype), eps)
+            # The first vectors depend on no others, and what is not stored needs no others.
+            first = self.u if moves else self.u[:, :1]
+            u, v, sv = linalg.power_step(matrices, first.to(matrices.dtype), eps)
         if moves:
             for _ in range(self.settings.num_itrs - 1):
                 u, v, sv = linalg.power_step(matrices, u, eps)
