@@ -29,12 +29,15 @@ class Network(nn.Module):
 X = torch.linspace(-1, 1, 4 * 2 * 25).reshape(4, 2, 5, 5)
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {"update": "forward"},
+    {"update": "step"},
+    {"num_svs": 3, "gain": "learned"},
+]
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    "options",
-    [{"update": "forward"}, {"update": "step"}, {"num_svs": 3, "gain": "learned"}],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_compiled_training_and_eval_equal_eager(options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     eager = snparam.convert_model(Network(), init="random", **options)
@@ -75,6 +78,32 @@ def test_exported_programs_equal_eager(bake: bool) -> None:
         snparam.restore_model(model)
     program = torch.export.export(model, (X,))
     torch.testing.assert_close(program.module()(X), expected)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_training_goes_on_in_an_exported_program_as_in_eager(options: dict[str, Any]) -> None:
+    eager = snparam.convert_model(Network(), init="random", **options)
+    start = {name: b.clone() for name, b in eager.named_buffers()}
+    exported = torch.export.export(copy.deepcopy(eager), (X,)).module()
+    optimizers = [torch.optim.SGD(m.parameters(), 0.05) for m in (eager, exported)]
+    if options.get("update") == "step":  # nothing but the eager network knows how to update
+        optimizers = []
+    for _ in range(3):
+        for model in (eager, exported):
+            model(X).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(exported(X), eager(X), rtol=1e-4, atol=1e-5)
+    gradients = {name: p.grad for name, p in eager.named_parameters()}
+    states = dict(eager.named_buffers())
+    for name, p in exported.named_parameters():
+        torch.testing.assert_close(p.grad, gradients.pop(name), rtol=1e-3, atol=1e-4)
+    for name, b in exported.named_buffers():
+        torch.testing.assert_close(b, states.pop(name), rtol=1e-3, atol=1e-4)
+    assert not gradients
+    assert not states
+    if options.get("update") != "step":
+        assert all(not torch.equal(b, start[name]) for name, b in exported.named_buffers())
 
 
 def functional() -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
