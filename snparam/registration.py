@@ -16,6 +16,7 @@ from .classes import give_own_class
 from .layers import Weight, is_packed, layer_type, packed_message, weight_named, weights_of
 from .options import Options, documents_options, settings_from
 from .parametrization import SpectralNorm
+from .pickling import refuse_pickling
 from .pretrained import spell_as_before, spell_for_pretrained
 from .scopes import (
     close_own_scope,
@@ -157,6 +158,7 @@ def attach(weight: Weight, norm: SpectralNorm) -> None:
     lists[name]._snparam_order = order
     lists[name].register_load_state_dict_post_hook(_derive_after_load)
     _read_directly(owner, name)
+    refuse_pickling(owner)
     row = layer_type(owner)
     if row is not None:
         for attribute, value in row.overrides.items():

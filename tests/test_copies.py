@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -90,3 +93,34 @@ def test_hooks_on_the_parametrization_run() -> None:
     layer.parametrizations.weight[0].register_forward_hook(lambda *_: seen.append(1))
     layer.weight  # noqa: B018
     assert seen == [1]
+
+
+def through_torch(module: nn.Module) -> None:
+    torch.save(module, io.BytesIO())
+
+
+@pytest.mark.parametrize("save", [through_torch, pickle.dumps])
+def test_pickling_is_refused_with_what_to_call_instead(save: Callable[..., object]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
+    snparam.register_sn(model[1], name="weight_ih_l0")
+    snparam.register_sn(model[1], name="weight_hh_l0")
+    for whole in (model, copy.deepcopy(model)):
+        with pytest.raises(RuntimeError) as caught:
+            save(whole)
+        message = str(caught.value)
+        assert message.startswith("LSTM with SpectralNorm on 'weight_ih_l0', 'weight_hh_l0'")
+        for name in ("model.state_dict()", "convert_model", "plain_state_dict", "restore_model"):
+            assert name in message
+    snparam.restore_model(model)
+    save(model)
+
+
+def test_pickling_with_other_parametrizations_is_refused_as_torch_does() -> None:
+    layer = nn.GRUCell(4, 4)
+    parametrize.register_parametrization(layer, "weight_hh", Halved())
+    with pytest.raises(RuntimeError) as theirs:
+        pickle.dumps(layer)
+    snparam.remove_sn(snparam.register_sn(layer, name="weight_ih"))
+    with pytest.raises(RuntimeError) as found:
+        pickle.dumps(layer)
+    assert str(found.value) == str(theirs.value)

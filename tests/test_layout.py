@@ -27,7 +27,7 @@ LAYERS = [
     ["saving", "tying"],
     ["checkpoints"],
     ["registration", "plan"],
-    ["pretrained"],
+    ["pretrained", "pickling"],
     ["candidates", "selection"],
     ["presets"],
     ["layertypes"],
