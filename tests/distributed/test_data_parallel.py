@@ -1,4 +1,4 @@
-"""DistributedDataParallel and FSDP2 after conversion, against a single process."""
+"""DistributedDataParallel, compiled or not, and FSDP2 after conversion, against one process."""
 
 from __future__ import annotations
 
@@ -68,6 +68,34 @@ def test_ranks_equal_each_other_to_the_bit_and_a_single_process(broadcast: bool)
         torch.testing.assert_close(
             torch.from_numpy(first[name]), torch.from_numpy(value), rtol=1e-9, atol=1e-12
         )
+
+
+def compiled(rank: int, fullgraph: bool) -> dict[str, Any]:
+    model = snparam.convert_model(network())
+    if fullgraph:
+        wrapped: Any = DistributedDataParallel(torch.compile(model, fullgraph=True))
+    else:  # torch splits its graphs where the buckets of gradients end
+        wrapped = torch.compile(DistributedDataParallel(model))
+    train(wrapped, rank, torch.distributed.get_world_size())
+    wrapped.eval()(torch.ones(2, 6, dtype=torch.float64))
+    return state(model)
+
+
+def compiled_both_ways(rank: int) -> list[dict[str, Any]]:
+    return [compiled(rank, fullgraph) for fullgraph in (True, False)]
+
+
+def test_compiled_ranks_equal_each_other_to_the_bit_and_a_single_eager_process() -> None:
+    single = snparam.convert_model(network())
+    train(single)
+    expected = state(single)
+    for first, second in zip(*on_ranks(2, compiled_both_ways), strict=True):
+        assert first.keys() == second.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (first[name] == second[name]).all()
+            torch.testing.assert_close(
+                torch.from_numpy(first[name]), torch.from_numpy(value), rtol=1e-9, atol=1e-12
+            )
 
 
 def sharded(model: nn.Module) -> nn.Module:
