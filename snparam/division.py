@@ -52,7 +52,7 @@ def divide(weight: Tensor, by: Division, gain: Tensor | None = None) -> Tensor:
         gain: γ, (b,), which gradients flow into; None is 1.
 
     Differentiable any number of times, in forward mode, and under torch.func and torch.compile; a
-    sharded weight once.
+    sharded weight in reverse mode only.
     """
     if is_sharded(weight):
         return divide_sharded(weight, gain, *by)  # type: ignore[arg-type]

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from . import linalg
 from .views import View
@@ -177,7 +176,12 @@ class _Tile:
 
     def per_row(self, x: Tensor) -> Tensor:
         """For each of this rank's rows, the entry of its block, (b,) to (len(rows), 1)."""
-        return x[self.rows // self.view.matrices[1], None]
+        return x[self.blocks, None]
+
+    @property
+    def blocks(self) -> Tensor:
+        """The block of each of this rank's rows."""
+        return self.rows // self.view.matrices[1]
 
 
 def divide_sharded(
@@ -191,7 +195,7 @@ def divide_sharded(
 ) -> DTensor:
     """`division.divide` for a DTensor: shard by shard, placed as the weight is.
 
-    Backward communicates one number for each block. Differentiable once.
+    Backward communicates one number for each block, double backward a few more.
     """
     out: DTensor = _DivideSharded.apply(weight, gain, divisor, slope, u, v, view)  # type: ignore[no-untyped-call]
     return out
@@ -209,16 +213,15 @@ class _DivideSharded(torch.autograd.Function):
         v: Tensor,
         view: View,
     ) -> DTensor:
-        divisor = torch.where(divisor == 0, 1.0, divisor)
-        scale = 1.0 / divisor if gain is None else gain / divisor
         ctx.save_for_backward(weight, gain, divisor, u, v)
         ctx.slope, ctx.tile = slope, _Tile(weight, view)
+        d = torch.where(divisor == 0, 1.0, divisor)
+        scale = 1.0 / d if gain is None else gain / d
         local = weight.to_local()
         piece = ctx.tile.to_piece(local) * ctx.tile.per_row(scale)
         return _like(weight, ctx.tile.from_piece(piece, local).to(local.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
         weight, gain, divisor, u, v = ctx.saved_tensors
         tile = ctx.tile
@@ -227,18 +230,100 @@ class _DivideSharded(torch.autograd.Function):
         local = weight.to_local()
         g = tile.to_piece(grad.to_local()).to(u.dtype)
         w = tile.to_piece(local).to(u.dtype)
-        inner = divisor.new_zeros(divisor.shape)
-        for block, part in tile.segments():
-            inner[block] = torch.vdot(g[part].reshape(-1), w[part].reshape(-1)).real
-        along = tile.reduce(inner) / divisor
-        scale = 1.0 / divisor if gain is None else gain / divisor
-        here = u.reshape(-1)[tile.rows, None] * tile.per_row(ctx.slope * along * scale)
-        out = g * tile.per_row(scale)
-        for block, part in tile.segments():
-            out[part].addmm_(here[part], v[block, None, tile.columns].conj(), alpha=-1.0)
+        gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        out, along = gradients(g, w, gain, divisor, ctx.slope, u, v, tile)
         into = _like(weight, tile.from_piece(out, local).to(local.dtype))
         into_gain = None if gain is None else along.to(gain.dtype)
         return into, into_gain, None, None, None, None, None
+
+
+def _gradients(
+    g: Tensor,
+    w: Tensor,
+    gain: Tensor | None,
+    divisor: Tensor,
+    slope: Tensor | float,
+    u: Tensor,
+    v: Tensor,
+    tile: _Tile,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `division._gradients` for a piece W of this rank and its G."""
+    d = torch.where(divisor == 0, 1.0, divisor)
+    inner = divisor.new_zeros(divisor.shape)
+    for block, part in tile.segments():
+        inner[block] = torch.vdot(g[part].reshape(-1), w[part].reshape(-1)).real
+    along = tile.reduce(inner) / d
+    scale = 1.0 / d if gain is None else gain / d
+    here = u.reshape(-1)[tile.rows, None] * tile.per_row(slope * along * scale)
+    out = g * tile.per_row(scale)
+    for block, part in tile.segments():
+        out[part].addmm_(here[part], v[block, None, tile.columns].conj(), alpha=-1.0)
+    return out, along
+
+
+def _differentiable_gradients(
+    g: Tensor,
+    w: Tensor,
+    gain: Tensor | None,
+    divisor: Tensor,
+    slope: Tensor | float,
+    u: Tensor,
+    v: Tensor,
+    tile: _Tile,
+) -> tuple[Tensor, Tensor]:
+    """`_gradients` in operations that can be differentiated, where d depends on W."""
+    outer = u.reshape(-1)[tile.rows, None] * v[tile.blocks][:, tile.columns].conj()
+    sigma = _sum_over_ranks(_by_block(outer, w, tile), tile)
+    d = divisor + slope * (sigma - sigma.detach())
+    d = torch.where(divisor == 0, 1.0, d)
+    along = _sum_over_ranks(_by_block(g, w, tile), tile) / d
+    scale = 1.0 / d if gain is None else gain / d
+    rate = _to_each_rank(slope * along * scale, tile)
+    return g * tile.per_row(_to_each_rank(scale, tile)) - tile.per_row(rate) * outer, along
+
+
+def _by_block(x: Tensor, y: Tensor, tile: _Tile) -> Tensor:
+    """This rank's summand of Re⟨X, Y⟩ of each block, (b,)."""
+    rows = (x.conj() * y).sum(-1).real
+    return rows.new_zeros(tile.view.matrices[0]).index_add(0, tile.blocks, rows)
+
+
+# What all ranks have alike, and what each has for itself, are different to a gradient: of the
+# former each rank has the whole, of the latter each has what came from its own piece.
+
+
+def _sum_over_ranks(x: Tensor, tile: _Tile) -> Tensor:
+    """The sum, alike on all ranks, of what each has for itself."""
+    out: Tensor = _SumOverRanks.apply(x, tile)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _to_each_rank(x: Tensor, tile: _Tile) -> Tensor:
+    """What is alike on all ranks, for each to use with its own piece."""
+    out: Tensor = _ToEachRank.apply(x, tile)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tile: _Tile) -> Tensor:
+        ctx.tile = tile
+        return tile.reduce(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _to_each_rank(grad, ctx.tile), None
+
+
+class _ToEachRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tile: _Tile) -> Tensor:
+        ctx.tile = tile
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum_over_ranks(grad, ctx.tile), None
 
 
 def _like(weight: DTensor, local: Tensor) -> DTensor:

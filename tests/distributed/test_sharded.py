@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 
 import snparam
 from snparam import linalg
+from snparam.division import Division, divide
 from snparam.sharded import ShardedStack
 from snparam.views import Layout
 
@@ -223,6 +225,64 @@ def products(rank: int) -> None:
 
 def test_products_on_shards_equal_those_of_the_whole() -> None:
     on_ranks(4, products)
+
+
+def unit(*shape: int, dtype: torch.dtype) -> Tensor:
+    return nn.functional.normalize(torch.randn(shape, dtype=dtype), dim=-1)
+
+
+def second_derivatives(rank: int) -> None:
+    """The gradients of a penalty on gradients, against those of the division written out."""
+    line = init_device_mesh("cpu", (4,))
+    square = init_device_mesh("cpu", (2, 2))
+    torch.manual_seed(0)
+    for dtype, (shape, layout, blocks) in itertools.product(
+        (torch.float64, torch.complex128), SHAPES
+    ):
+        weight, factor = torch.randn(2, *shape, dtype=dtype)
+        view = layout.view(shape, blocks)
+        b, m, n = view.matrices
+        u, v = unit(b, m, dtype=dtype), unit(b, n, dtype=dtype)
+        slope = torch.rand(b, dtype=torch.float64) + 0.5
+        constant = torch.rand(b, dtype=torch.float64) + 3
+        gain = torch.rand(b, dtype=torch.float64)
+
+        def divisor(weight: Tensor, c=constant, s=slope, u=u, v=v, view=view) -> Tensor:
+            sigma = torch.einsum("bm,bmn,bn->b", u.conj(), view.to_matrices(weight), v)
+            return c + s * sigma.real
+
+        def written(weight: Tensor, gain: Tensor, view=view, divisor=divisor) -> Tensor:
+            scaled = view.to_matrices(weight) * (gain / divisor(weight))[:, None, None]
+            return view.from_matrices(scaled, like=weight)
+
+        by = Division(divisor(weight), slope, u, v, view)
+        expected = penalised(written, weight, gain, factor)
+        placed = [
+            (line, (Shard(0),)),
+            (line, (Shard(1),)),
+            (line, (Replicate(),)),
+            (square, (Shard(0), Shard(1))),
+            (square, (Replicate(), Shard(0))),
+        ]
+        for mesh, placements in placed:
+            parts = [distribute_tensor(x, mesh, placements) for x in (weight, factor)]
+            found = penalised(lambda w, g, by=by: divide(w, by, g), parts[0], gain, parts[1])
+            for value, right in zip(found, expected, strict=True):
+                torch.testing.assert_close(whole(value), right)
+
+
+def penalised(
+    used: Callable[[Tensor, Tensor], Tensor], weight: Tensor, gain: Tensor, factor: Tensor
+) -> tuple[Tensor, ...]:
+    weight, gain = weight.detach().requires_grad_(), gain.detach().requires_grad_()
+    loss = torch.linalg.vector_norm(used(weight, gain) * factor) ** 2
+    inner = torch.autograd.grad(loss, (weight, gain), create_graph=True)
+    norms = [torch.linalg.vector_norm(gradient) ** 2 for gradient in inner]
+    return torch.autograd.grad(norms, (weight, gain))
+
+
+def test_double_backward_of_sharded_weights_equals_that_of_whole_ones() -> None:
+    on_ranks(4, second_derivatives)
 
 
 def grouped(rank: int) -> str:
