@@ -31,6 +31,7 @@ class Division(NamedTuple):
         u: (b, m).
         v: (b, n).
         view: how the weight is read as (b, m, n).
+        filled: the value of d with 1 for 0, where it has been computed.
     """
 
     divisor: Tensor | float
@@ -38,6 +39,7 @@ class Division(NamedTuple):
     u: Tensor
     v: Tensor
     view: View
+    filled: Tensor | None = None
 
 
 def divide(weight: Tensor, by: Division, gain: Tensor | None = None) -> Tensor:
@@ -55,9 +57,9 @@ def divide(weight: Tensor, by: Division, gain: Tensor | None = None) -> Tensor:
     sharded weight in reverse mode only.
     """
     if is_sharded(weight):
-        return divide_sharded(weight, gain, *by)  # type: ignore[arg-type]
+        return divide_sharded(weight, gain, *by[:5])  # type: ignore[arg-type]
     if _transformed():
-        return _divided(weight, _attached(weight, by), gain, by.view)
+        return _divided(weight, _nonzero(_attached(weight, by)), gain, by.view)
     out: Tensor = _Divide.apply(weight, gain, by)  # type: ignore[no-untyped-call]
     return out
 
@@ -79,19 +81,19 @@ class _Divide(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: Tensor | None, by: Division) -> Tensor:
-        assert isinstance(by.divisor, Tensor)
+        d = filled(by.divisor) if by.filled is None else by.filled
         ctx.slope, ctx.view = by.slope, by.view
-        ctx.save_for_backward(weight, gain, by.u, by.v, by.divisor)
-        return _divided(weight, by.divisor, gain, by.view)
+        ctx.save_for_backward(weight, gain, by.u, by.v, by.divisor, d)
+        return _divided(weight, d, gain, by.view)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, gain, u, v, divisor = ctx.saved_tensors
+        weight, gain, u, v, divisor, d = ctx.saved_tensors
         by = Division(divisor, ctx.slope, u, v, ctx.view)
         with without_autocast(grad):
             if torch.is_grad_enabled():
                 return (*gradients_in_graph(grad, weight, gain, by), None)
-            return (*_gradients(grad, weight, gain, divisor, by), None)
+            return (*_gradients(grad, weight, gain, d, by), None)
 
 
 def gradients_in_graph(
@@ -101,26 +103,40 @@ def gradients_in_graph(
 
     By differentiable operations, in which d depends on W.
     """
-    return _gradients(grad, weight, gain, _attached(weight, by), by)
+    return _gradients(grad, weight, gain, _nonzero(_attached(weight, by)), by)
+
+
+def filled(divisor: Tensor | float) -> Tensor:
+    """A divisor (b,) with 1 for 0."""
+    assert isinstance(divisor, Tensor)
+    return divisor + (divisor == 0)
 
 
 def _gradients(
-    grad: Tensor, weight: Tensor, gain: Tensor | None, divisor: Tensor, by: Division
+    grad: Tensor, weight: Tensor, gain: Tensor | None, d: Tensor, by: Division
 ) -> tuple[Tensor, Tensor | None]:
-    """γ/d (G − slope · ⟨G, W⟩/d · u vᴴ) for the weight, and ⟨G, W⟩/d for γ."""
+    """γ/d (G − slope · ⟨G, W⟩/d · u vᴴ) for the weight, and ⟨G, W⟩/d for γ.
+
+    In as few operations as there can be: on an accelerator they are what a small weight costs.
+    """
     blocks, rows, columns = by.view.matrices
     u, v = by.u.reshape(blocks, rows, 1), by.v.reshape(blocks, 1, columns).conj()
     g = by.view.to_matrices(grad, like=weight).to(u.dtype)
-    d = _nonzero(divisor)
     along = _inner(g, by.view.to_matrices(weight).to(u.dtype)) / d
-    scale = 1.0 / d if gain is None else gain.to(d.dtype) / d
-    combined = g / d[:, None, None] if gain is None else g * scale[:, None, None]
     # Not slope · ⟨G, W⟩ / d², which underflows first.
-    outer = -(by.slope * along * scale)[:, None, None] * u
-    if torch.is_grad_enabled():
-        combined = combined + outer * v
+    if gain is None:
+        combined, rate = g / d[:, None, None], along / d
     else:
-        combined.baddbmm_(outer, v)
+        scale = gain.to(d.dtype) / d
+        combined, rate = g * scale[:, None, None], along * scale
+    slope = by.slope
+    if isinstance(slope, Tensor):
+        rate, slope = rate * slope, 1.0
+    outer = rate[:, None, None] * u
+    if torch.is_grad_enabled():
+        combined = combined - slope * outer * v
+    else:
+        combined.baddbmm_(outer, v, alpha=-slope)
     into_gain = None if gain is None else along.to(gain.dtype)
     return by.view.from_matrices(combined, like=weight).to(weight.dtype), into_gain
 
@@ -133,8 +149,7 @@ def _transformed() -> bool:
     return transforms or forward_ad._current_level >= 0
 
 
-def _divided(weight: Tensor, divisor: Tensor, gain: Tensor | None, view: View) -> Tensor:
-    d = _nonzero(divisor)
+def _divided(weight: Tensor, d: Tensor, gain: Tensor | None, view: View) -> Tensor:
     if d.shape[0] == 1:
         out = weight / d if gain is None else weight * (gain / d)
     else:
@@ -146,6 +161,7 @@ def _divided(weight: Tensor, divisor: Tensor, gain: Tensor | None, view: View) -
 
 
 def _nonzero(divisor: Tensor) -> Tensor:
+    """`filled` for a divisor that depends on the weight: 1 is a constant, and that of a zero is."""
     return torch.where(divisor == 0, 1.0, divisor)
 
 
@@ -153,6 +169,8 @@ def _inner(g: Tensor, w: Tensor) -> Tensor:
     """Re⟨G, W⟩ per block, (b,)."""
     g, w = g.reshape(len(g), -1), w.reshape(len(w), -1)
     if g.is_cpu and len(g) <= _FEW_BLOCKS and not torch.is_grad_enabled():
+        if len(g) == 1:
+            return torch.vdot(g[0], w[0]).real.view(1)
         return torch.stack([torch.vdot(*pair) for pair in zip(g, w, strict=True)]).real
     # A product, because multiplying and summing would first make a third tensor of their size.
     inner: Tensor = torch.bmm(g.conj()[:, None], w[:, :, None]).flatten().real

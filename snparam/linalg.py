@@ -77,8 +77,9 @@ def power_step(
         as it came: what a layer that starts at zero learns next is found from there, where a u of
         zeros, or any other made without reason, might be orthogonal to it up to rounding.
     """
-    found, v, sv = finish_step(matrices, right_vectors(_left(matrices, u), eps), eps)
-    return torch.where(sv[:, :1, None] > 0, found, u), v, sv
+    v = right_vectors(_left(matrices, u), eps)
+    found, sv = left_vectors(_right(matrices, v), eps, u)
+    return found, v, sv
 
 
 def finish_step(
@@ -99,14 +100,21 @@ def right_vectors(x: Tensor, eps: float = 0.0) -> Tensor:
     return v
 
 
-def left_vectors(t: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The u (b, k, m) and sv (b, k) of a step, from T = V Wᵀ, which it overwrites."""
+def left_vectors(
+    t: Tensor, eps: float = 0.0, before: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The u (b, k, m) and sv (b, k) of a step, from T = V Wᵀ, which it overwrites.
+
+    For a zero matrix u is as `before`, or, if that is not given and k = 1, zeros.
+    """
     if t.shape[1] > 1:
         u = orthonormal_rows(t, eps)
         sv: Tensor = (t * u.conj()).sum(-1).real
-        return u, sv
-    u, norm = _unit(t, eps, instead=0.0)
-    return u, norm if eps == 0 else norm * (norm / eps).clamp_max(1.0)
+    else:
+        u, norm = _unit(t, eps, instead=0.0 if before is None else None)
+        sv = norm.to(real_dtype(t.dtype))
+        sv = sv if eps == 0 else sv * (sv / eps).clamp_max(1.0)
+    return u if before is None else torch.where(sv[:, :1, None] > 0, u, before), sv
 
 
 def orthonormal_rows(x: Tensor, eps: float = 0.0) -> Tensor:
@@ -218,23 +226,25 @@ def _right(matrices: Tensor | Stack, v: Tensor) -> Tensor:
     return torch.bmm(v, matrices.mT)
 
 
-def _unit(x: Tensor, eps: float, instead: float) -> tuple[Tensor, Tensor]:
+def _unit(x: Tensor, eps: float, instead: float | None) -> tuple[Tensor, Tensor]:
     """Rows made unit in place, (b, 1, n), and their norms, (b, 1); a zero row becomes `instead`.
 
     The norms are taken in float64, where squares of float32 neither overflow nor underflow. A row
-    with NaN becomes `instead` too, so that a step on a broken weight does not break the state.
+    with NaN becomes `instead` too, so that a step on a broken weight does not break the state. With
+    None either becomes NaN.
     """
     wide = x.dtype if x.device.type == "mps" else _wide(x.dtype)  # which has no float64
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).to(real_dtype(x.dtype))
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     if x.is_complex():  # by parts: complex division takes reciprocals, which overflow first
         torch.view_as_real(x).div_(norm.unsqueeze(-1))
     else:
         x = x.div_(norm)
     if eps > 0:
         x = x.mul_((norm / eps).clamp_max(1.0))
-    if x.is_complex():  # NaN is replaced in the real and in the imaginary part, each by itself
-        instead *= 0.5**0.5
-    return x.nan_to_num_(nan=instead), norm.squeeze(-1)
+    if instead is not None:
+        # NaN is replaced in the real and in the imaginary part, each by itself.
+        x.nan_to_num_(nan=instead * 0.5**0.5 if x.is_complex() else instead)
+    return x, norm.squeeze(-1)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

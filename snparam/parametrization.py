@@ -11,26 +11,17 @@ from torch import Tensor, nn
 
 from . import cpu, linalg
 from .constraint import Constraint
-from .division import Division, divide, without_autocast
+from .derived import Derived
+from .division import Division, divide, filled, without_autocast
 from .forwards import Forwards, Reading
 from .options import Settings
 from .recomputation import held, in_backward, keep, kept, saved_by, unseen
-from .stacks import Estimate, compute_dtype, is_finite, stack_of
+from .stacks import Estimate, compute_dtype, is_finite, stack_of, step_from_v, steps_from_u
 from .views import View
 from .watching import watch
 
 # Attributes that belong to running forwards and running training.
-_TRANSIENT = (
-    "forwards",
-    "_frozen",
-    "_current",
-    "_behind",
-    "_memory",
-    "_passes",
-    "_matrix",
-    "_u_flat",
-    "_last",
-)
+_TRANSIENT = ("forwards", "derived", "_frozen", "_behind")
 
 
 class SpectralNorm(nn.Module):
@@ -45,6 +36,7 @@ class SpectralNorm(nn.Module):
         view: how the weight is read as a stack of matrices (b, m, n).
         settings: the options it was registered with.
         forwards: the running forwards that may read the weight.
+        derived: what is kept for speed.
 
     A training forward takes `num_itrs` steps from `u` and stores u and sv in place. A forward in
     eval mode takes one step from `u` and stores nothing. Arithmetic is in float32 at least, with
@@ -90,24 +82,15 @@ class SpectralNorm(nn.Module):
         """What belongs to running forwards, and is neither copied nor saved."""
         self.forwards = Forwards()
         self._frozen = 0
-        self._current: Estimate | None = None
         self._behind = False
-        self._memory = cpu.Memory()
-        self._passes = cpu.Passes()
-        self._forget()
+        self.derived = Derived()
         self.weight_id: int | None = None
         if self.settings.update == "step":
             watch(self)
 
-    def _forget(self) -> None:
-        """Drop aliases of tensors, and what follows from them: they may have been replaced."""
-        self._matrix: cpu.Matrix | None = None
-        self._u_flat: tuple[Tensor, Tensor] | None = None
-        self._last: cpu.Step | None = None
-
     def _apply(self, *args: Any, **kwargs: Any) -> SpectralNorm:
         """What `.to()` and its like do."""
-        self._forget()
+        self.derived.forget()
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,9 +156,8 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def derive(self, weight: Tensor) -> None:
         """Bring what follows from u up to date, after u or the weight came from elsewhere."""
-        self.forwards.last_v = self._current = None
-        self._forget()
-        self._passes.end()
+        self.forwards.last_v = None
+        self.derived.forget()
         self._behind = False
         if self.settings.update == "step":
             # u stays what it is, so that a state that was loaded is the state that is saved.
@@ -197,15 +179,13 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def estimate(self, weight: Tensor) -> Tensor:
         """The σ (b,) that a forward in eval mode divides by; nothing is stored."""
-        if self._single and cpu.is_here(weight):
-            of = cpu.Matrix(weight, self.view)
-            step = cpu.step(of, self._flat_u().to(weight.dtype))
+        if self.is_one_number(weight):
+            step = self._step_by_numbers(cpu.Matrix(weight, self.view), weight, moves=False)
             return weight.new_tensor([step.sigma], requires_grad=False)
-        return self._stack_step(weight.detach(), moves=False, repeated=None)[3]
+        return self._stack_step(weight.detach(), moves=False, repeated=None).sv[:, 0]
 
     def _step_from_u(self, weight: Tensor) -> Estimate:
-        matrices = stack_of(weight.detach(), self.view)
-        return Estimate(*linalg.power_step(matrices, self.u.to(matrices.dtype), self.settings.eps))
+        return steps_from_u(weight.detach(), self.view, self.u, 1, self.settings.eps)
 
     # When the state moves
 
@@ -218,22 +198,31 @@ class SpectralNorm(nn.Module):
         """Whether a forward now moves the state."""
         return self.training and self.settings.update == "forward" and not self._frozen
 
-    def store(self, estimate: Estimate, weight: Tensor) -> None:
-        """Take over what `update` computed for the weight as it is now."""
+    def begin_update(self, weight: Tensor, found: Estimate | None = None) -> None:
+        """Note that the buffers are about to be what was found for the weight as it is now."""
         self.weight_id = id(weight)
         self._order = self.view.order_for(weight)
-        for buffer, found in zip(self._stored(), estimate, strict=True):
-            buffer.copy_(found)
-        self._current = estimate
-        self._last = None
-        self._passes.end()
+        self.derived.current = found
+        self.derived.forget_update()
         self._behind = False
+
+    def is_one_number(self, weight: Tensor) -> bool:
+        """Whether there is one σ, which can be read at no cost."""
+        return self._single and cpu.is_here(weight)
+
+    def update_by_numbers(self, weight: Tensor) -> None:
+        """Update the buffers from the weight, where `is_one_number`."""
+        self.begin_update(weight)
+        step = self._step_by_numbers(self.derived.matrix_of(weight, self.view), weight, moves=True)
+        if math.isfinite(step.sigma):
+            torch.div(step.x, step.length, out=self.v.view(-1))
+        self.derived.step = step
 
     def expect_update(self) -> None:
         """Note that an optimizer is about to change the weight."""
         if self._behind:  # since the step before: nobody updates
             self._warn_behind()
-        self._passes.end()
+        self.derived.passes.end()
         self._behind = True
 
     def _warn_behind(self) -> None:
@@ -261,7 +250,7 @@ class SpectralNorm(nn.Module):
         if traced:
             with without_autocast(weight):
                 return self._by_stacks(weight, reading, traced=True)
-        if self._single and cpu.is_here(weight):
+        if self.is_one_number(weight):
             if cpu.is_alone():
                 return self._by_numbers(weight, reading)
             with without_autocast(weight), unseen():
@@ -271,17 +260,21 @@ class SpectralNorm(nn.Module):
 
     def _by_numbers(self, weight: Tensor, reading: Reading) -> Tensor:
         """One matrix on a CPU."""
-        of = self._matrix
-        if of is None or not of.is_of(weight):
-            self._forget()
-            of = cpu.Matrix(weight, self.view)
-            self._matrix = of if weight.is_leaf and not torch.is_inference_mode_enabled() else None
+        of = self.derived.matrix_of(weight, self.view)
         if self.training and self.settings.update == "step":
-            return self._divided(weight, self._last_update(weight), of, self._passes)
+            return self._divided(weight, self._last_step(weight), of, self.derived.passes)
         moves, repeated = self._moves(reading, traced=False)
         if repeated is not None:
             return self._divided(weight, cpu.finish_step(of, repeated.view(-1)), of)
-        u = self._flat_u()
+        step = self._step_by_numbers(of, weight, moves)
+        if moves:
+            self._keep(step.x)
+        reading.v = step.x
+        return self._divided(weight, step, of)
+
+    def _step_by_numbers(self, of: cpu.Matrix, weight: Tensor, moves: bool) -> cpu.Step:
+        """A step from u; with `moves`, `num_itrs` steps, stored in place."""
+        u = self.derived.as_vector(self._buffers["u"])
         start = u if u.dtype == weight.dtype else u.to(weight.dtype)
         step = cpu.step(of, start)
         if moves:
@@ -294,24 +287,14 @@ class SpectralNorm(nn.Module):
             # Straight from the dict, past a lookup that takes as long as a small product.
             sv: Any = self._buffers["sv"]
             sv.fill_(step.sigma)
-            self._keep(step.x)
-        reading.v = step.x
-        return self._divided(weight, step, of)
+        return step
 
-    def _flat_u(self) -> Tensor:
-        """u (m,), where it is."""
-        u: Any = self._buffers["u"]
-        flat = self._u_flat
-        if flat is None or flat[0] is not u or flat[1].data_ptr() != u.data_ptr():
-            flat = self._u_flat = (u, u.view(-1))
-        return flat[1]
-
-    def _last_update(self, weight: Tensor) -> cpu.Step:
+    def _last_step(self, weight: Tensor) -> cpu.Step:
         """What the last update has found."""
-        last = self._last
+        last = self.derived.step
         if last is None or self._behind:
             u, v, sv = self._current_step(weight)
-            last = self._last = cpu.Step(sv.item(), u.view(-1), v.view(-1), 1.0, 1.0)
+            last = self.derived.step = cpu.Step(sv.item(), u.view(-1), v.view(-1), 1.0, 1.0)
         if self.weight_id != id(weight):
             self.weight_id = id(weight)
         return last
@@ -323,26 +306,43 @@ class SpectralNorm(nn.Module):
         slope /= step.size * step.length
         by = Division(divisor, slope, step.t, step.x, self.view)
         gain = None if self.settings.gain is None else self.gain
-        return cpu.divide(weight, gain, by, of, self._memory, passes)
+        return cpu.divide(weight, gain, by, of, self.derived.memory, passes)
 
     def _by_stacks(self, weight: Tensor, reading: Reading, traced: bool) -> Tensor:
         """Any weight, anywhere."""
-        if self.settings.update == "step" and self.training:
+        if self.training and self.settings.update == "step" and not traced:
+            return self._divided_by(self._last_division(weight), weight)
+        if self.training and self.settings.update == "step":
             # A compiled graph takes the buffers as its inputs, in place, whatever they hold.
-            of = self._stored() if traced else self._current_step(weight)
-            u, v, sigma = (found[:, 0] for found in of)
+            u, v, sigma = self.stored().first()
         else:
             moves, repeated = self._moves(reading, traced)
             # Detached, so that nothing is recorded: u and v are constants to autograd.
-            u, v, found, sigma = self._stack_step(weight.detach(), moves, repeated)
+            found = self._stack_step(weight.detach(), moves, repeated)
             if moves and not traced:
-                self._keep(found)
-            reading.v = found if repeated is None else repeated
+                self._keep(found.v)
+            reading.v = found.v if repeated is None else repeated
+            u, v, sigma = found.first()
         if traced and torch.is_grad_enabled():
             u, v, sigma = held(u, v, sigma)
+        return self._divided_by(self._division(u, v, sigma), weight)
+
+    def _division(self, u: Tensor, v: Tensor, sigma: Tensor) -> Division:
         divisor, slope = self.constraint.divisor(sigma)
-        gain = None if self.settings.gain is None else self.gain
-        return divide(weight, Division(divisor, slope, u, v, self.view), gain)
+        return Division(divisor, slope, u, v, self.view)
+
+    def _last_division(self, weight: Tensor) -> Division:
+        """By what the last update has found."""
+        found = self._current_step(weight)
+        ready = self.derived.division
+        if ready is None or ready[0] is not found:
+            by = self._division(*found.first())
+            ready = found, by._replace(filled=filled(by.divisor))
+            self.derived.division = None if torch.is_inference_mode_enabled() else ready
+        return ready[1]
+
+    def _divided_by(self, by: Division, weight: Tensor) -> Tensor:
+        return divide(weight, by, None if self.settings.gain is None else self.gain)
 
     def _moves(self, reading: Reading, traced: bool) -> tuple[bool, Tensor | None]:
         """Whether a read moves the state, and if not, the v that it repeats, if it repeats any."""
@@ -363,41 +363,31 @@ class SpectralNorm(nn.Module):
             self._warn_behind()
         if self.view.order_for(weight) != self._order:  # of v, which lies as the weight did
             self.derive(weight)
-        current = self._current
+        current = self.derived.current
         if current is None or current.u.device != weight.device:  # new, copied, loaded or moved
-            current = Estimate(*(x.to(compute_dtype(x.dtype), copy=True) for x in self._stored()))
-            self._current = None if current.u.is_inference() else current
+            current = Estimate(*(x.to(compute_dtype(x.dtype), copy=True) for x in self.stored()))
+            self.derived.current = None if current.u.is_inference() else current
         return current
 
-    def _stored(self) -> Estimate:
+    def stored(self) -> Estimate:
+        """The buffers, with `update="step"`."""
         return Estimate(self.u, self.v, self.sv)
 
-    def _stack_step(
-        self, weight: Tensor, moves: bool, repeated: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The u (b, m) and v (b, n) of σ (b,), and all of v (b, k, n), by one step from u.
+    def _stack_step(self, weight: Tensor, moves: bool, repeated: Tensor | None) -> Estimate:
+        """What a read finds by steps from u; or, to the bit, by half a one from a `repeated` v.
 
-        With `moves`, by `num_itrs` steps, stored in place; without, a step for σ₁ alone, so that v
-        is (b, 1, n). With `repeated`, the v of an earlier read, from that, so that the numbers are
-        those of that read to the bit.
+        With `moves`, `num_itrs` steps, stored in place. Without, one, for σ₁ alone: the first
+        vectors depend on no others, and what is not stored needs no others.
         """
         eps = self.settings.eps
-        matrices = stack_of(weight, self.view)
         if repeated is not None:
-            v = repeated.view(self.u.shape[0], -1, repeated.shape[-1])
-            if repeated.ndim == 1:  # as `cpu` finds it, of any length
-                v = v / torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-            u, v, sv = linalg.finish_step(matrices, v, eps)
-        else:
-            # The first vectors depend on no others, and what is not stored needs no others.
-            first = self.u if moves else self.u[:, :1]
-            u, v, sv = linalg.power_step(matrices, first.to(matrices.dtype), eps)
-        if moves:
-            for _ in range(self.settings.num_itrs - 1):
-                u, v, sv = linalg.power_step(matrices, u, eps)
-            self.u.copy_(u)
-            self.sv.copy_(sv)
-        return u[:, 0], v[:, 0], v, sv[:, 0]
+            return step_from_v(weight, self.view, repeated, eps)
+        if not moves:
+            return steps_from_u(weight, self.view, self.u[:, :1], 1, eps)
+        found = steps_from_u(weight, self.view, self.u, self.settings.num_itrs, eps)
+        self.u.copy_(found.u)
+        self.sv.copy_(found.sv)
+        return found
 
     def _keep(self, v: Tensor) -> None:
         """Keep what a recomputation of this forward, in a backward pass, has to start from."""

@@ -115,7 +115,7 @@ def steps_together(
     xs = _reduce_together(stacks, [s.left_here(u) for s, u in zip(stacks, us, strict=True)])
     vs = [linalg.right_vectors(x, eps) for x in xs]
     ts = _reduce_together(stacks, [s.right_here(v) for s, v in zip(stacks, vs, strict=True)])
-    found = [linalg.left_vectors(t, eps) for t in ts]
+    found = [linalg.left_vectors(t, eps, u) for t, u in zip(ts, us, strict=True)]
     return [(u, v, sv) for (u, sv), v in zip(found, vs, strict=True)]
 
 

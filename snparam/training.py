@@ -175,15 +175,23 @@ def _company(norm: SpectralNorm, weight: Tensor) -> Hashable:
 
 def _update_together(group: list[tuple[SpectralNorm, Tensor]]) -> None:
     """One update for states that are alike as `_company` tells."""
-    settings = group[0][0].settings
+    norm, weight = group[0]
+    settings = norm.settings
+    if len(group) == 1 and norm.is_one_number(weight):
+        with without_autocast(weight):
+            norm.update_by_numbers(weight)
+        return
     stacks = [stack_of(weight.detach(), norm.view) for norm, weight in group]
     us = [norm.u.to(stack.dtype) for (norm, _), stack in zip(group, stacks, strict=True)]
-    with without_autocast(group[0][1]):
+    with without_autocast(weight):
         for _ in range(settings.num_itrs):
             found = _steps(stacks, us, settings.eps)
             us = [u for u, _, _ in found]
+    buffers: list[Tensor] = []
     for (norm, weight), step in zip(group, found, strict=True):
-        norm.store(Estimate(*step), weight)
+        norm.begin_update(weight, Estimate(*step))
+        buffers += norm.stored()
+    torch._foreach_copy_(buffers, [x for step in found for x in step])  # at once on accelerators
 
 
 def _steps(

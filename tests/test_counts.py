@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -214,6 +214,55 @@ def test_update_per_step_leaves_no_product_in_forward_and_backward() -> None:
     with counting(weight) as mode:
         layer.weight.backward(torch.ones(30, 20))
     assert mode.products == 0
+
+
+NO_KERNEL = {
+    "promote_types", "alias", "as_strided", "detach", "expand", "permute", "select", "slice",
+    "squeeze", "t", "transpose", "unsqueeze", "view", "_unsafe_view",
+}  # fmt: skip
+
+
+def kernels(run: Callable[[], object]) -> int:
+    """How many operations would be launched on an accelerator: all but views and questions."""
+    with Counting(0) as mode:
+        run()
+    return sum(n for name, n in mode.operations.items() if name not in NO_KERNEL)
+
+
+@pytest.fixture
+def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done on accelerators, where no number is read, done on a CPU."""
+    from snparam import cpu
+
+    monkeypatch.setattr(cpu, "is_here", lambda _: False)
+
+
+@pytest.mark.usefixtures("accelerated")
+def test_no_more_kernels_than_torchs_parametrization() -> None:
+    """Launches are what a small layer costs on an accelerator."""
+    grad = torch.ones(30, 20)
+    theirs = nn.utils.parametrizations.spectral_norm(nn.Linear(20, 30))
+    ours = snparam.register_sn(nn.Linear(20, 30))
+    stepwise = snparam.register_sn(nn.Linear(20, 30), update="step")
+
+    def both(layer: nn.Module) -> tuple[int, int]:
+        weight = cast(Tensor, layer.weight)
+        return kernels(lambda: layer.weight), kernels(lambda: weight.backward(grad))
+
+    for layer in (theirs, ours, stepwise):
+        cast(Tensor, layer.weight).backward(grad)
+    assert sum(both(ours)) <= sum(both(theirs))
+    assert both(stepwise) == (1, both(ours)[1])
+
+
+@pytest.mark.usefixtures("accelerated")
+def test_kernels_of_an_update_do_not_grow_with_the_layers_of_one_shape() -> None:
+    def launched(layers: int) -> int:
+        model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(layers)])
+        snparam.convert_model(model, update="step")
+        return kernels(lambda: snparam.update(model))
+
+    assert launched(3) == launched(12)
 
 
 def test_update_takes_one_batched_step_for_layers_of_one_shape(

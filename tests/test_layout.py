@@ -35,6 +35,7 @@ LAYERS = [
     ["thirdparty", "takeover", "completion", "scopes"],
     ["parametrization"],
     ["watching", "forwards", "recomputation", "constraint", "options", "classes", "reading"],
+    ["derived"],
     ["cpu", "stacks"],
     ["division"],
     ["sharded"],

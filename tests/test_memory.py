@@ -329,7 +329,7 @@ def test_forwards_before_one_backward_have_memory_of_their_own(layer):
 def test_reads_without_a_graph_keep_no_memory(layer):
     with torch.no_grad():
         assert layer.weight.data_ptr()
-    assert norm_of(layer)._memory._earlier is None
+    assert norm_of(layer).derived.memory._earlier is None
 
 
 @pytest.mark.parametrize("change", ["resize", "double", "strides"])
