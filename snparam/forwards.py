@@ -22,9 +22,9 @@ class Reading:
     """What one forward has read of one weight.
 
     Attributes:
-        values: the normalised weight, by (gradients enabled, inference mode, what tensors are saved
-            by): a tensor made without a graph cannot stand in for one with a graph, nor the
-            reverse, nor one made outside of a checkpointed region for one made in it.
+        values: the normalised weight, by whether gradients are enabled, inference mode, and what
+            tensors are saved by: one made without a graph cannot stand in for one with a graph, nor
+            the reverse, nor one made outside of a checkpointed region for one made in it.
         v: the right singular vectors that the weight was normalised with, once known.
         taken: whether a layer's own forward has had it: its next one is another.
     """

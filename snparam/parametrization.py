@@ -119,7 +119,9 @@ class SpectralNorm(nn.Module):
             mode = torch.is_grad_enabled()
         else:
             reading = self.forwards.current(self)
-            mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), saved_by())
+            # Never alike for one with a graph, None or a hook, and one without, True or False.
+            graph = torch.is_grad_enabled()
+            mode = saved_by() if graph else torch.is_inference_mode_enabled()
         if reading is None:
             return self._normalise(weight, Reading(), traced)
         value = reading.values.get(mode)
