@@ -22,9 +22,10 @@ class Reading:
     """What one forward has read of one weight.
 
     Attributes:
-        values: the normalised weight, by whether gradients are enabled, inference mode, and what
-            tensors are saved by: one made without a graph cannot stand in for one with a graph, nor
-            the reverse, nor one made outside of a checkpointed region for one made in it.
+        values: the normalised weight, by whether gradients are enabled, inference mode, what
+            tensors are saved by, and whether it is sharded: one made without a graph cannot stand
+            in for one with a graph, nor the reverse, nor one made outside of a checkpointed region
+            for one made in it.
         v: the right singular vectors that the weight was normalised with, once known.
         taken: whether a layer's own forward has had it: its next one is another.
     """
@@ -134,7 +135,10 @@ class Forwards:
     def leave_traced(self) -> None:
         """End what the last `enter_traced` began."""
         if self._traced:
-            self._traced.pop()
+            reading, _ = self._traced.pop()
+            # The module around may have the same reading, whose vectors are enough to give the same
+            # weight again; tensors held where a graph ends would be outputs of it.
+            reading.values.clear()
 
 
 class _Forward:

@@ -16,6 +16,7 @@ from .division import Division, divide, filled, without_autocast
 from .forwards import Forwards, Reading
 from .options import Settings
 from .recomputation import held, in_backward, keep, kept, saved_by, unseen
+from .sharded import is_sharded
 from .stacks import Estimate, compute_dtype, is_finite, stack_of, step_from_v, steps_from_u
 from .views import View
 from .watching import watch
@@ -122,6 +123,8 @@ class SpectralNorm(nn.Module):
             # Never alike for one with a graph, None or a hook, and one without, True or False.
             graph = torch.is_grad_enabled()
             mode = saved_by() if graph else torch.is_inference_mode_enabled()
+        if is_sharded(weight):  # FSDP2 gathers it for the layer's own forward, not for those around
+            mode = (mode, "sharded")
         if reading is None:
             return self._normalise(weight, Reading(), traced)
         value = reading.values.get(mode)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def is_sharded(weight: Tensor) -> bool:
     """Whether a weight is a DTensor."""
     # Asked of every weight in every forward, so without importing torch.distributed.tensor.
-    return hasattr(weight, "placements") and hasattr(weight, "device_mesh")
+    return type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "device_mesh")
 
 
 def is_fully_sharded(tensor: Tensor, modules: Iterable[nn.Module]) -> bool:
@@ -39,6 +39,12 @@ def is_fully_sharded(tensor: Tensor, modules: Iterable[nn.Module]) -> bool:
     return is_sharded(tensor) and any(
         base.__name__ == "FSDPModule" for module in modules for base in type(module).__mro__
     )
+
+
+def gathered(vector: Tensor) -> Tensor:
+    """A vector of a few entries, such as a gain, whole on every rank that has a shard of it."""
+    whole: Tensor = vector.full_tensor() if is_sharded(vector) else vector  # type: ignore[attr-defined]
+    return whole
 
 
 class ShardedStack:
@@ -130,11 +136,7 @@ class _Tile:
     """Where this rank's shard lies in the matrices, and how to reduce over the ranks."""
 
     def __init__(self, weight: DTensor, view: View) -> None:
-        from torch.distributed.tensor import Replicate
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
         self.view = view
-        row_axes, column_axes = _axes_of(view)
         mesh, placements = weight.device_mesh, weight.placements
         for placement in placements:
             if placement.is_partial():
@@ -142,10 +144,13 @@ class _Tile:
         self.groups: list[dist.ProcessGroup] = [
             mesh.get_group(dim)
             for dim, placement in enumerate(placements)
-            if not isinstance(placement, Replicate)
+            if not placement.is_replicate()
         ]
-        shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
         device = weight.to_local().device
+        at = _place(
+            view.shape, view.split, view.order, view.stack_axes, view.row_axes, mesh, placements
+        )
+        row_axes, column_axes, shape, offset, self._segments = at
         self.axes = (*row_axes, *column_axes)
         self.rows = _indices(view.shape, shape, offset, row_axes, device)
         self.columns = _indices(view.shape, shape, offset, column_axes, device)
@@ -162,11 +167,7 @@ class _Tile:
 
     def segments(self) -> list[tuple[int, slice]]:
         """The blocks this rank has rows of, and which of its rows they are."""
-        rows = self.view.matrices[1]
-        bounds = torch.arange(self.view.matrices[0] + 1, device=self.rows.device) * rows
-        ends = torch.searchsorted(self.rows, bounds).tolist()
-        pairs = pairwise(ends)
-        return [(block, slice(*pair)) for block, pair in enumerate(pairs) if pair[0] < pair[1]]
+        return [(block, slice(start, end)) for block, start, end in self._segments]
 
     def reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """Reduce over all ranks that have different shards."""
@@ -197,6 +198,7 @@ def divide_sharded(
 
     Backward communicates one number for each block, double backward a few more.
     """
+    gain = None if gain is None else gathered(gain)
     out: DTensor = _DivideSharded.apply(weight, gain, divisor, slope, u, v, view)  # type: ignore[no-untyped-call]
     return out
 
@@ -337,6 +339,39 @@ def _like(weight: DTensor, local: Tensor) -> DTensor:
         shape=weight.shape,
         stride=weight.stride(),
     )
+
+
+def _place(
+    shape: tuple[int, ...],
+    split: tuple[int, ...],
+    order: tuple[int, ...],
+    stack_axes: int,
+    row_axes: int,
+    mesh: Any,
+    placements: Any,
+) -> tuple[Any, ...]:
+    """Where a rank's shard of the weight of a view lies.
+
+    In plain numbers throughout, as compilers want constants.
+
+    Returns:
+        The axes of the weight that count blocks and rows, those that count columns, the shard's
+        shape and offset, and for each block that it has rows of, (block, start, end) among them.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    view = View(shape, split, order, stack_axes, row_axes)
+    rows_on, columns_on = _axes_of(view)
+    local, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)
+    rows = _indices(shape, local, offset, rows_on, torch.device("cpu"))
+    bounds = torch.arange(view.matrices[0] + 1) * view.matrices[1]
+    pairs = enumerate(pairwise(torch.searchsorted(rows, bounds).tolist()))
+    segments = tuple((block, *pair) for block, pair in pairs if pair[0] < pair[1])
+    return tuple(rows_on), tuple(columns_on), tuple(local), tuple(offset), segments
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the compiler.
+_place._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _axes_of(view: View) -> tuple[list[int], list[int]]:

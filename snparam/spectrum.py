@@ -15,7 +15,7 @@ from .parametrization import SpectralNorm
 from .plan import REFUSE
 from .registration import read_as_eval
 from .scopes import norms_of
-from .sharded import ShardedStack
+from .sharded import ShardedStack, gathered
 from .stacks import is_finite, stack_of
 from .tables import aligned
 
@@ -125,7 +125,7 @@ def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
         used = stack_of(read_as_eval(module, tensor), norm.view, torch.float64)
         original = stack_of(lists[tensor].original, norm.view, torch.float64)
         exact = _sigma_or_nan(used)
-        gain = None if norm.settings.gain is None else norm.gain
+        gain = None if norm.settings.gain is None else gathered(norm.gain)
         intended = norm.constraint.norm_of(_sigma_or_nan(original), gain)
         estimate = norm.estimate(lists[tensor].original)
         drift = torch.where(exact == intended, 0.0, (exact / intended - 1).abs())

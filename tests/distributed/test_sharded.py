@@ -161,24 +161,25 @@ def test_reading_and_updating_a_sharded_weight_reduces_vectors_and_gathers_nothi
         assert counts["allreduce_"] == 4
 
 
-def verified(rank: int) -> list[tuple[str, float, float]]:
-    model = snparam.convert_model(Network())
+def verified(rank: int, gain: Any) -> list[tuple[str, float, float]]:
+    model = snparam.convert_model(Network(), gain=gain)
     for module in (model.up, model.down, model):
         fully_shard(module)
     return [(row.name, row.estimate, row.exact) for row in snparam.verify(model, tolerance=1e-6)]
 
 
-def test_verify_measures_sharded_weights() -> None:
+@pytest.mark.parametrize("gain", [None, "learned"])  # which FSDP2 shards, too
+def test_verify_measures_sharded_weights(gain: Any) -> None:
     expected = {
         name: float(torch.linalg.matrix_norm(weight.detach(), 2))
         for name, weight in Network().named_parameters()
         if weight.ndim == 2
     }
-    for rows in on_ranks(2, verified):
+    for rows in on_ranks(2, verified, gain):
         assert {name for name, _, _ in rows} == set(expected)
         for name, estimate, exact in rows:
             assert math.isclose(estimate, expected[name], rel_tol=1e-6)
-            assert math.isclose(exact, 1.0, rel_tol=1e-6)
+            assert math.isclose(exact, expected[name] if gain else 1.0, rel_tol=1e-6)
 
 
 SHAPES: list[tuple[tuple[int, ...], Layout, int]] = [
