@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -92,6 +93,46 @@ def test_two_backward_passes_of_one_region() -> None:
         first.backward(retain_graph=True)
         second.backward()
         first.backward()
+    assert_same_gradients_and_states(*networks)
+
+
+class Nested(Network):
+    """A region in a region in a region; `modes` are theirs, outermost first."""
+
+    modes: tuple[bool | None, ...] = (None, None, None)
+
+    def region(self, level: int, x: Tensor) -> Tensor:
+        if level == len(self.modes):
+            return self.b(self.a(x).tanh()).tanh()
+        for _ in range(2):  # two regions in each, with the same weights
+            x = self.checkpointed(level, self.a(x))
+        return x
+
+    def checkpointed(self, level: int, x: Tensor) -> Tensor:
+        if self.modes[level] is None:
+            return self.region(level + 1, x)
+        out: Tensor = checkpoint(self.region, level + 1, x, use_reentrant=self.modes[level])
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.c(self.region(0, x)[:, None]).tanh()
+        return out
+
+
+# torch's, of an inner region while the outer one runs without gradients.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("modes", list(itertools.product([True, False], repeat=3)), ids=str)
+def test_regions_nest(modes: tuple[bool | None, ...]) -> None:
+    networks = []
+    for use in ((None, None, None), modes):
+        network = Nested()
+        network.modes = use
+        torch.manual_seed(1)
+        networks.append(snparam.convert_model(network, init="random"))
+    for network in networks:
+        losses = [network(x).square().sum() for x in inputs(3)]
+        losses[1].backward()
+        (losses[0] - 2 * losses[2]).backward()
     assert_same_gradients_and_states(*networks)
 
 
