@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import snparam
 from snparam import sharded
@@ -26,42 +30,45 @@ class Stack(nn.Module):
 CASES = [(1, 1), (3, 2)]
 
 
-def counted(rank: int) -> list[tuple[list[int], int]]:
-    return [count(num_svs, num_itrs) for num_svs, num_itrs in CASES]
+class Counts:
+    """While it lasts: the sizes of all-reduces, and the entries that this rank multiplies."""
 
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
+        self.read = 0
+        reduce = torch.distributed.all_reduce
 
-def count(num_svs: int, num_itrs: int) -> tuple[list[int], int]:
-    """The sizes of the all-reduces of one update, and the entries that this rank multiplies."""
-    model = snparam.convert_model(Stack(), num_svs, num_itrs, update="step")
-    for layer in model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    sizes: list[int] = []
-    read = 0
-    reduce, left, right = (
-        torch.distributed.all_reduce,
-        sharded.ShardedStack.left_here,
-        sharded.ShardedStack.right_here,
-    )
+        def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.sizes.append(tensor.numel())
+            return reduce(tensor, *args, **kwargs)
 
-    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sizes.append(tensor.numel())
-        return reduce(tensor, *args, **kwargs)
+        patch.setattr(torch.distributed, "all_reduce", all_reduce)
+        for name in ("left_here", "right_here"):
+            product = getattr(sharded.ShardedStack, name)
+            patch.setattr(sharded.ShardedStack, name, self.reading(product))
 
-    def reading(product: Any) -> Any:
+    def reading(self, product: Any) -> Any:
         def call(stack: sharded.ShardedStack, x: Tensor) -> Tensor:
-            nonlocal read
-            read += stack.piece.numel()
+            self.read += stack.piece.numel()
             return product(stack, x)
 
         return call
 
+
+def counted(rank: int) -> list[tuple[list[int], int]]:
+    """Of one update under FSDP2."""
+    return [updated(num_svs, num_itrs) for num_svs, num_itrs in CASES]
+
+
+def updated(num_svs: int, num_itrs: int) -> tuple[list[int], int]:
+    model = snparam.convert_model(Stack(), num_svs, num_itrs, update="step")
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.distributed, "all_reduce", all_reduce)
-        patch.setattr(sharded.ShardedStack, "left_here", reading(left))
-        patch.setattr(sharded.ShardedStack, "right_here", reading(right))
+        counts = Counts(patch)
         snparam.update(model)
-    return sizes, read
+    return counts.sizes, counts.read
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -73,6 +80,40 @@ def test_step_reads_its_share_and_sends_vectors(world: int) -> None:
             # Two all-reduces for each iteration, of all weights together, whatever the ranks.
             assert sizes == [num_svs * columns, num_svs * rows] * num_itrs
             assert read == 2 * num_itrs * entries / world
+
+
+def forwards(rank: int) -> list[tuple[list[int], int, list[int], list[str]]]:
+    """Of a forward and of a backward pass of each layer under tensor parallelism."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    found = []
+    for num_svs, num_itrs in CASES:
+        stack = Stack()
+        for layer in stack.layers:
+            parallelize_module(layer, mesh, ColwiseParallel(use_local_output=False))
+        snparam.convert_model(stack, num_svs, num_itrs)
+        with pytest.MonkeyPatch.context() as patch, CommDebugMode() as mode:
+            counts = Counts(patch)
+            outputs = [layer(torch.ones(2, layer.in_features)) for layer in stack.layers]
+            forward = list(counts.sizes)
+            for output in outputs:
+                output.to_local().sum().backward()
+        kinds = [str(kind).split(".")[-1] for kind in mode.get_comm_counts()]
+        found.append((forward, counts.read, counts.sizes[len(forward) :], kinds))
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_tensor_parallel_forward_reads_its_share_and_sends_vectors(world: int) -> None:
+    entries = sum(m * n for m, n in SHAPES)
+    for counts in on_ranks(world, forwards):
+        for (num_svs, num_itrs), (forward, read, backward, kinds) in zip(
+            CASES, counts, strict=True
+        ):
+            steps = [(num_svs * n, num_svs * m) * num_itrs for m, n in SHAPES]
+            assert forward == list(itertools.chain(*steps))
+            assert read == 2 * num_itrs * entries / world
+            assert backward == [1] * len(SHAPES)
+            assert set(kinds) == {"allreduce_"}  # nothing is gathered
 
 
 def test_worked_example_adds_up() -> None:
@@ -89,3 +130,8 @@ def test_worked_example_adds_up() -> None:
     assert round(gathered / 1e9) == 137
     assert round(gathered / sent, -2) == 1300
     assert round(2 * entries * 2 / 256 / 1e9, 1) == 1.1
+    # Tensor parallelism over 8 ranks.
+    assert round(2 * 7 / 8 * vectors * 4 / 1e6) == 91
+    assert 2 * len(network) == 1124
+    activations = 2 * 7 / 8 * 80 * 2 * 4096 * 8192 * 2
+    assert round(activations / 1e9, 1) == 18.8
