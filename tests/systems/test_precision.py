@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import sys
 import threading
 from typing import Any
 
@@ -113,6 +114,42 @@ def test_threads_share_a_model_in_eval() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
 
 
+def broadcast(
+    tensors: list[Tensor], devices: list[int], detach: bool = False
+) -> list[list[Tensor]]:
+    """What replication does between GPUs: the first replica has the buffers themselves."""
+    copies = [[x.detach().clone() if detach else x.clone() for x in tensors] for _ in devices]
+    return [tensors if detach else copies[0], *copies[1:]]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_svs": 2}, {"update": "step"}], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_replicas_in_threads_do_what_the_model_does(
+    options: dict[str, Any], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replication = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(replication, "_broadcast_coalesced_reshape", broadcast)
+    monkeypatch.setattr(replication, "_get_device_index", lambda device, _: device)
+    model, alone = (snparam.convert_model(network(), **options).train(training) for _ in range(2))
+    found: dict[int, Tensor] = {}
+
+    def run(index: int, replica: nn.Module) -> None:
+        found[index] = replica(X)
+
+    for _ in range(3):
+        replicas = enumerate(nn.parallel.replicate(model, [0, 1, 2]))
+        threads = [threading.Thread(target=run, args=each) for each in replicas]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        expected = alone(X)
+        assert len(found) == 3
+        assert all(torch.equal(found.pop(index), expected) for index in range(3))
+        for a, b in zip(model.buffers(), alone.buffers(), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_inference_mode_then_training() -> None:
     model, other = (snparam.convert_model(network()) for _ in range(2))
     with torch.inference_mode():
@@ -179,6 +216,15 @@ def test_two_forwards_before_a_backward_and_retained_graphs() -> None:
     (real.mean() - fake.mean()).backward()
     for p, g in zip(model.parameters(), first, strict=True):
         torch.testing.assert_close(p.grad, 2 * g)
+
+
+def test_accumulated_gradients_are_those_of_the_sum_of_losses() -> None:
+    accumulating, summing = (snparam.convert_model(network()) for _ in range(2))
+    for x in (X, -2 * X):  # the state moves in between, in both
+        accumulating(x).square().mean().backward()
+    sum(summing(x).square().mean() for x in (X, -2 * X)).backward()
+    for p, q in zip(accumulating.parameters(), summing.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 def test_a_gradient_penalty_equals_one_of_the_weights_written_out() -> None:
