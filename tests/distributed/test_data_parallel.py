@@ -29,6 +29,8 @@ def network(seed: int = 0) -> nn.Module:
 def train(model: nn.Module, part: int = 0, parts: int = 1) -> None:
     """Twenty steps of D(real) + D(fake), two forwards for each backward."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    if any(name.endswith(".v") for name, _ in model.named_buffers()):
+        snparam.update_after_step(optimizer, model)
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         real, fake = (
@@ -42,7 +44,7 @@ def train(model: nn.Module, part: int = 0, parts: int = 1) -> None:
 
 def state(model: nn.Module) -> dict[str, Any]:
     return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().numpy()
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().numpy().copy()
         for name, value in model.state_dict().items()
     }
 
@@ -104,30 +106,49 @@ def sharded(model: nn.Module) -> nn.Module:
     return model
 
 
-def train_and_save(rank: int, folder: str) -> dict[str, Any]:
-    model = sharded(snparam.convert_model(network()))
+def train_and_save(rank: int, folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    model = sharded(snparam.convert_model(network(), **options))
     train(model, rank, torch.distributed.get_world_size())
     dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder)
     return state(model)
 
 
-def load(rank: int, folder: str) -> dict[str, Any]:
-    model = sharded(snparam.convert_model(network(seed=5)))
+def load(rank: int, folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    model = sharded(snparam.convert_model(network(seed=5), **options))
     found = {"model": get_model_state_dict(model)}
     dcp.load(found, checkpoint_id=folder)
     set_model_state_dict(model, found["model"])
-    return state(model)
+    return {**state(model), **outputs(model)}
+
+
+def outputs(model: nn.Module) -> dict[str, Any]:
+    """Of training mode, too, which uses what is derived from a loaded state."""
+    x = torch.ones(2, 6, dtype=torch.float64)
+    return {str(mode): model.train(mode)(x).detach().numpy() for mode in (False, True)}
+
+
+OPTIONS: list[dict[str, Any]] = [{}, {"update": "step", "num_svs": 2, "gain": "learned"}]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_fsdp_equals_a_single_process_and_reshards_through_checkpoints(tmp_path: Path) -> None:
-    single = snparam.convert_model(network())
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_fsdp_equals_a_single_process_and_reshards_through_checkpoints(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    single = snparam.convert_model(network(), **options)
     train(single)
     expected = state(single)
-    trained = on_ranks(2, train_and_save, str(tmp_path))
-    loaded = [*on_ranks(1, load, str(tmp_path)), *on_ranks(4, load, str(tmp_path))]
-    for found in (*trained, *loaded):
-        for name, value in expected.items():
+    trained = on_ranks(2, train_and_save, str(tmp_path), options)
+    loaded = [
+        *on_ranks(1, load, str(tmp_path), options),
+        *on_ranks(4, load, str(tmp_path), options),
+    ]
+    resumed = snparam.convert_model(network(seed=5), **options)
+    resumed.load_state_dict(single.state_dict())
+    after_load = {**state(resumed), **outputs(resumed)}
+    for found, right in [*((f, expected) for f in trained), *((f, after_load) for f in loaded)]:
+        assert found.keys() == right.keys()
+        for name, value in right.items():
             torch.testing.assert_close(
                 torch.from_numpy(found[name]), torch.from_numpy(value), rtol=1e-9, atol=1e-12
             )
