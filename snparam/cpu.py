@@ -153,24 +153,28 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self._earlier: Tensor | None = None
-        self._storage = 0
+        self._earlier: list[Tensor] = []
 
     def like(self, weight: Tensor) -> Tensor:
         """An uninitialised tensor of a weight's shape, strides and dtype, without a gradient."""
-        earlier = self._earlier
-        # One holder is `earlier`: other tensors, what autograd saves, and Python's storages count.
+        try:
+            earlier = self._earlier.pop()  # which no other thread can do with the same one
+        except IndexError:
+            earlier = None
         if (
             earlier is not None
-            and _C._storage_Use_Count(self._storage) == 1
+            # One holder is `earlier`: other tensors, what autograd saves, and Python's storages
+            # count.
+            and _C._storage_Use_Count(_C._storage_address(earlier)) == 1
             and earlier.shape == weight.shape
             and earlier.stride() == weight.stride()
             and earlier.dtype == weight.dtype
         ):
-            return earlier.data
-        out = torch.empty_like(weight, requires_grad=False)
-        self._earlier = out.data
-        self._storage = _C._storage_address(out)
+            out = earlier.data
+        else:
+            out = torch.empty_like(weight, requires_grad=False)
+            earlier = out.data
+        self._earlier[:] = [earlier]
         return out
 
 
@@ -311,6 +315,8 @@ class _Divide(torch.autograd.Function):
             weight.numel() >= _LARGE
             and len(_ALONE) > 0
             and _C._has_storage(grad)
+            # An expanded one has several entries in one place.
+            and (grad.stride() == ctx.of.strides or grad.is_contiguous())
             and _holders(grad) in _ALONE
         )
         if torch.is_autocast_enabled("cpu"):

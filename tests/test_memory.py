@@ -6,6 +6,8 @@ The weights here are large enough for it.
 
 import copy
 import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -88,7 +90,19 @@ def sliced(w):
     return w[10:50].square().sum()
 
 
-LOSSES = [matmul, twice, parts, chunks, transposed, summed, sliced]
+def column_sums(w):
+    return (w.sum(0) * X[0]).square().sum()  # expanded, from a gradient that nobody else holds
+
+
+def row_sums(w):
+    return (w.sum(1, keepdim=True) * TARGET[:, :1]).square().sum()
+
+
+def thirds(w):
+    return w.view(3, ROWS // 3, COLUMNS).sum(1).square().sum()
+
+
+LOSSES = [matmul, twice, parts, chunks, transposed, summed, sliced, column_sums, row_sums, thirds]
 
 
 def close(a, b):
@@ -326,10 +340,24 @@ def test_forwards_before_one_backward_have_memory_of_their_own(layer):
         assert torch.equal(w, leaf)
 
 
+def test_forwards_in_threads_have_memory_of_their_own(layer):
+    layer.eval()
+    matmul(layer.weight).backward()  # leaves memory behind
+    start = threading.Barrier(4)
+
+    def forward(_):
+        start.wait()
+        return layer.weight
+
+    with ThreadPoolExecutor(4) as pool:
+        weights = list(pool.map(forward, range(4)))
+    assert len({w.data_ptr() for w in weights}) == 4
+
+
 def test_reads_without_a_graph_keep_no_memory(layer):
     with torch.no_grad():
         assert layer.weight.data_ptr()
-    assert norm_of(layer).derived.memory._earlier is None
+    assert norm_of(layer).derived.memory._earlier == []
 
 
 @pytest.mark.parametrize("change", ["resize", "double", "strides"])
