@@ -256,21 +256,17 @@ def divide(
             values = memory.like(weight)
     # Past Function.apply, which looks for transforms that `is_here` has excluded.
     divided: Tensor = _apply(  # type: ignore[no-untyped-call]
-        weight, gain, by, of, scale, _Into(values, done)
+        # A tuple, because autograd would look at a tensor among the arguments.
+        weight,
+        gain,
+        by,
+        of,
+        scale,
+        (values, done),
     )
     if values is not None and not done and passes is not None:
         passes.begin(weight, scale, divided)
     return divided
-
-
-class _Into(NamedTuple):
-    """Where a normalised weight goes, and whether it is there already.
-
-    A tuple, because autograd would look at a tensor among the arguments.
-    """
-
-    values: Tensor | None
-    done: bool
 
 
 class _Divide(torch.autograd.Function):
@@ -287,19 +283,18 @@ class _Divide(torch.autograd.Function):
         by: Division,
         of: Matrix,
         scale: float,
-        into: _Into,
+        into: tuple[Tensor | None, bool],
     ) -> Tensor:
+        """To `into` the values go, and it says whether they are there already."""
         ctx.weight, ctx.gain, ctx.by, ctx.of, ctx.scale = weight, gain, by, of, scale
         ctx.version = weight._version
         ctx.gain_version = 0 if gain is None else gain._version
-        values = into.values
-        if into.done:
-            assert values is not None
-        elif gain is None:
-            values = torch.div(weight, by.divisor or 1.0, out=values)
-        else:
-            values = torch.mul(weight, scale, out=values)
-        return values
+        values, done = into
+        if done and values is not None:
+            return values
+        if gain is None:
+            return torch.div(weight, by.divisor or 1.0, out=values)
+        return torch.mul(weight, scale, out=values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

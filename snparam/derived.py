@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu import Matrix, Memory, Passes, Step
+from .cpu import Matrix, Memory, Passes
 from .division import Division
 from .stacks import Estimate
 from .views import View
@@ -19,7 +19,7 @@ class Derived:
     Attributes:
         current: what the last update has found, in tensors that no update writes to.
         division: the same, ready to divide by, after the estimate that it was made of.
-        step: the same, as numbers.
+        numbers: the same for one matrix on a CPU.
         matrix: the weight as a matrix.
         flat_u: the buffer u, and as a vector.
         memory: of the last normalised weight.
@@ -28,7 +28,7 @@ class Derived:
 
     current: Estimate | None
     division: tuple[Estimate, Division] | None
-    step: Step | None
+    numbers: Division | None
     matrix: Matrix | None
     flat_u: tuple[Tensor, Tensor] | None
 
@@ -61,5 +61,5 @@ class Derived:
 
     def forget_update(self) -> None:
         """Drop what was made of the last update."""
-        self.division = self.step = None
+        self.division = self.numbers = None
         self.passes.end()

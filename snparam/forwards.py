@@ -103,6 +103,11 @@ class Forwards:
         thread, number = self._moved_in
         return thread == get_ident() and number > forward.number
 
+    @property
+    def shares(self) -> bool:
+        """Whether all reads are one now."""
+        return self._shared is not None
+
     def share(self, on: bool) -> None:
         """Begin or end a stretch in which all reads, in all threads, are one; stretches nest."""
         self._sharing += 1 if on else -1

@@ -21,6 +21,8 @@ from .stacks import Estimate, compute_dtype, is_finite, stack_of, step_from_v, s
 from .views import View
 from .watching import watch
 
+_NO_READING = Reading()
+
 # Attributes that belong to running forwards and running training.
 _TRANSIENT = ("forwards", "derived", "_frozen", "_behind")
 
@@ -76,6 +78,7 @@ class SpectralNorm(nn.Module):
         self.constraint = Constraint(settings.coeff, settings.soft)
         self._order: tuple[int, ...] | None = None
         self._warned = False
+        self._pure = settings.update == "step"
         self._single = found.u.shape[:2] == (1, 1) and settings.eps == 0
         self._reset()
 
@@ -115,6 +118,9 @@ class SpectralNorm(nn.Module):
         """
         mode: object
         traced = torch.compiler.is_compiling()
+        if self._pure and self.training and not traced and not self.forwards.shares:
+            # Which forward it is does not matter to what moves nothing.
+            return self._normalise(weight, _NO_READING, traced)
         if traced:
             reading = self.forwards.current_traced()
             mode = torch.is_grad_enabled()
@@ -221,7 +227,7 @@ class SpectralNorm(nn.Module):
         step = self._step_by_numbers(self.derived.matrix_of(weight, self.view), weight, moves=True)
         if math.isfinite(step.sigma):
             torch.div(step.x, step.length, out=self.v.view(-1))
-        self.derived.step = step
+        self.derived.numbers = self._numbers(step)
 
     def expect_update(self) -> None:
         """Note that an optimizer is about to change the weight."""
@@ -265,17 +271,21 @@ class SpectralNorm(nn.Module):
 
     def _by_numbers(self, weight: Tensor, reading: Reading) -> Tensor:
         """One matrix on a CPU."""
-        of = self.derived.matrix_of(weight, self.view)
-        if self.training and self.settings.update == "step":
-            return self._divided(weight, self._last_step(weight), of, self.derived.passes)
+        derived = self.derived
+        gain = None if self.settings.gain is None else self.gain
+        of = derived.matrix_of(weight, self.view)
+        if self._pure and self.training:
+            by = self._last_numbers(weight)
+            return cpu.divide(weight, gain, by, of, derived.memory, derived.passes)
         moves, repeated = self._moves(reading, traced=False)
-        if repeated is not None:
-            return self._divided(weight, cpu.finish_step(of, repeated.view(-1)), of)
-        step = self._step_by_numbers(of, weight, moves)
-        if moves:
-            self._keep(step.x)
-        reading.v = step.x
-        return self._divided(weight, step, of)
+        if repeated is None:
+            step = self._step_by_numbers(of, weight, moves)
+            if moves:
+                self._keep(step.x)
+            reading.v = step.x
+        else:
+            step = cpu.finish_step(of, repeated.view(-1))
+        return cpu.divide(weight, gain, self._numbers(step), of, derived.memory)
 
     def _step_by_numbers(self, of: cpu.Matrix, weight: Tensor, moves: bool) -> cpu.Step:
         """A step from u; with `moves`, `num_itrs` steps, stored in place."""
@@ -294,30 +304,26 @@ class SpectralNorm(nn.Module):
             sv.fill_(step.sigma)
         return step
 
-    def _last_step(self, weight: Tensor) -> cpu.Step:
-        """What the last update has found."""
-        last = self.derived.step
-        if last is None or self._behind:
+    def _numbers(self, step: cpu.Step) -> Division:
+        divisor, slope = self.constraint.divisor_of(step.sigma)
+        return Division(divisor, slope / (step.size * step.length), step.t, step.x, self.view)
+
+    def _last_numbers(self, weight: Tensor) -> Division:
+        """By what the last update has found."""
+        by = self.derived.numbers
+        if by is None or self._behind:
             u, v, sv = self._current_step(weight)
-            last = self.derived.step = cpu.Step(sv.item(), u.view(-1), v.view(-1), 1.0, 1.0)
+            by = self._numbers(cpu.Step(sv.item(), u.view(-1), v.view(-1), 1.0, 1.0))
+            self.derived.numbers = None if torch.is_inference_mode_enabled() else by
         if self.weight_id != id(weight):
             self.weight_id = id(weight)
-        return last
-
-    def _divided(
-        self, weight: Tensor, step: cpu.Step, of: cpu.Matrix, passes: cpu.Passes | None = None
-    ) -> Tensor:
-        divisor, slope = self.constraint.divisor_of(step.sigma)
-        slope /= step.size * step.length
-        by = Division(divisor, slope, step.t, step.x, self.view)
-        gain = None if self.settings.gain is None else self.gain
-        return cpu.divide(weight, gain, by, of, self.derived.memory, passes)
+        return by
 
     def _by_stacks(self, weight: Tensor, reading: Reading, traced: bool) -> Tensor:
         """Any weight, anywhere."""
-        if self.training and self.settings.update == "step" and not traced:
+        if self._pure and self.training and not traced:
             return self._divided_by(self._last_division(weight), weight)
-        if self.training and self.settings.update == "step":
+        if self._pure and self.training:
             # A compiled graph takes the buffers as its inputs, in place, whatever they hold.
             u, v, sigma = self.stored().first()
         else:
