@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import linalg
+from . import convergence, linalg
 from .sharded import ShardedStack
 
 
@@ -17,7 +17,7 @@ def completed(
 ) -> tuple[Tensor, Tensor]:
     """The top k left singular vectors and singular values, as many of them as given kept.
 
-    What is not given is estimated as `linalg.converged` does; further vectors are those of the
+    What is not given is estimated as `convergence.converged` does; further vectors are those of the
     matrices without the directions that the given ones span.
 
     Args:
@@ -30,10 +30,10 @@ def completed(
         u (b, k, m) and sv (b, k).
     """
     if u is None or (u.shape[1] < k and isinstance(matrices, ShardedStack)):
-        return linalg.converged(matrices, k)
+        return convergence.converged(matrices, k)
     given = min(u.shape[1], k)
     if sv is None or sv.shape[1] < given:
-        _, sv = linalg.converged(matrices, given)
+        _, sv = convergence.converged(matrices, given)
     u, sv = u[:, :given], sv[:, :given]
     if given == k:
         return u, sv
@@ -48,6 +48,6 @@ def _beside(matrices: Tensor, u: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows = linalg.orthonormal_rows(u.to(wide))
     rest = matrices.to(wide)
     rest = rest - rows.mT @ (rows.conj() @ rest)
-    more, sv = linalg.converged(rest, count)
+    more, sv = convergence.converged(rest, count)
     # Once more against the given ones: where nothing is left, `more` is any direction.
     return linalg.orthonormal_rows(torch.cat([rows, more], 1))[:, u.shape[1] :], sv

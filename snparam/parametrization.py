@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import cpu, linalg
+from . import convergence, cpu, linalg
 from .constraint import Constraint
 from .derived import Derived
 from .division import Division, divide, filled, without_autocast
@@ -159,7 +159,7 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
         """Converge the state to the singular vectors and values of a weight, in place."""
-        u, _ = linalg.converged(stack_of(weight, self.view), self.u.shape[1])
+        u, _ = convergence.converged(stack_of(weight, self.view), self.u.shape[1])
         self.u.copy_(u)
         self.derive(weight)
         self.sv.copy_(self._step_from_u(weight).sv)

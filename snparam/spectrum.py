@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import linalg
+from . import convergence
 from .conversion import plan_conversion
 from .parametrization import SpectralNorm
 from .plan import REFUSE
@@ -162,5 +162,5 @@ def _check_drift(rows: Verification, tolerance: float) -> None:
 
 def _sigma_or_nan(stack: Tensor | ShardedStack) -> Tensor:
     if is_finite(stack):
-        return linalg.exact_sigma(stack)
+        return convergence.exact_sigma(stack)
     return torch.full((stack.shape[0],), torch.nan, dtype=torch.float64)

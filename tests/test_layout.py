@@ -39,6 +39,7 @@ LAYERS = [
     ["cpu", "stacks"],
     ["division"],
     ["sharded"],
+    ["convergence"],
     ["linalg", "rows"],
     ["views", "tables", "undoing"],
 ]

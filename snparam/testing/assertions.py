@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .. import linalg
+from .. import convergence
 from ..conversion import plan_conversion
 from ..options import Settings
 from ..plan import ALREADY, CONVERT, REFUSE, Site, sites_of
@@ -187,7 +187,7 @@ def _above(matrices: Tensor, bound: float, what: str) -> list[str]:
     """What is wrong with the blocks of one weight, in words."""
     if not bool(torch.isfinite(matrices).all()):
         return [f"{what}: has NaN or inf"]
-    sigma = linalg.exact_sigma(matrices).tolist()
+    sigma = convergence.exact_sigma(matrices).tolist()
     return [
         f"{what}{f' block {index}' if len(sigma) > 1 else ''}: {value:.8g}"
         for index, value in enumerate(sigma)

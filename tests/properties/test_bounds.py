@@ -8,7 +8,7 @@ from holder import exact, held, matrix_of, norm_of, original_of, used
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from snparam import linalg
+from snparam import convergence
 from snparam.testing import weights
 from snparam.testing.tensors import SPECTRA, weight_with
 
@@ -86,8 +86,8 @@ def test_registration_starts_converged(weight, data):
     ("shape", "count"), [((770, 800), 1), ((900, 400), 1), ((300, 310), 5), ((500, 300), 5)]
 )
 def test_large_matrices_start_converged(spectrum, shape, count):
-    """Above a few hundred on the shorter side: these take the other way in `linalg.converged`."""
-    assert min(shape) > linalg._FULL_DECOMPOSITION
+    """Above a few hundred on the shorter side: these take the other way of finding σ."""
+    assert min(shape) > convergence._FULL_DECOMPOSITION
     weight = weight_with(spectrum, shape, seed=len(spectrum), scale=30.0)
     norm = norm_of(held(weight, count))
     sv, sigma = norm.sv[0].double(), exact(weight)[:count]
