@@ -108,6 +108,20 @@ def test_a_copy_is_tied_in_itself_and_ties_itself(build: Build, names: set[str])
 
 
 @CASES
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_of_another_leaves_them_tied(
+    build: Build, names: set[str], assign: bool
+) -> None:
+    torch.manual_seed(0)
+    source, model = build(), build()
+    for network in (source, model):
+        convert(network)
+    model.load_state_dict(source.state_dict(), assign=assign)
+    assert_tied(model, names)
+    assert_same(run(model), run(source))
+
+
+@CASES
 def test_saved_and_read_back_it_is_tied_and_the_same(
     build: Build, names: set[str], tmp_path: Path
 ) -> None:

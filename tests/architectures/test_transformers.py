@@ -11,11 +11,14 @@ from torch import nn
 pytest.importorskip("transformers")
 import transformers as hf
 
+import snparam
+
 from .contract import Architecture, check
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)
 SOUND = torch.linspace(0, 90, 2 * 800).sin().reshape(2, 800)
+POINTS = torch.tensor([[[[3.0, 4.0]]], [[[9.0, 4.0]]]])
 MEL = torch.linspace(0, 90, 2 * 8 * 16).cos().reshape(2, 8, 16)
 SMALL: dict[str, Any] = {
     "vocab_size": 32,
@@ -121,9 +124,44 @@ def mamba() -> nn.Module:
 
 
 def bit() -> nn.Module:
-    return hf.BitModel(
+    return hf.BitForImageClassification(
         hf.BitConfig(
             embedding_size=32, hidden_sizes=[32, 32, 32, 32], depths=[1, 1, 1, 1], num_groups=8
+        )
+    )
+
+
+def deepseek() -> nn.Module:
+    """Attention through latent projections, a router that is a bare parameter, shared experts."""
+    return hf.DeepseekV3ForCausalLM(
+        hf.DeepseekV3Config(
+            **SMALL, moe_intermediate_size=12, num_key_value_heads=2, n_routed_experts=4, n_group=2,
+            topk_group=1, num_experts_per_tok=2, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4,
+            qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, max_position_embeddings=16,
+        )
+    )  # fmt: skip
+
+
+def rwkv() -> nn.Module:
+    return hf.RwkvForCausalLM(
+        hf.RwkvConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, context_length=16)
+    )
+
+
+def sam() -> nn.Module:
+    vision = {
+        "hidden_size": 16, "output_channels": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 16, "patch_size": 4, "mlp_dim": 24, "window_size": 2,
+        "global_attn_indexes": [1], "num_pos_feats": 4,
+    }  # fmt: skip
+    prompt = {"hidden_size": 8, "image_size": 16, "patch_size": 4, "mask_input_channels": 4}
+    decoder = {
+        "hidden_size": 8, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "iou_head_hidden_dim": 8,
+    }  # fmt: skip
+    return hf.SamModel(
+        hf.SamConfig(
+            vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder
         )
     )
 
@@ -160,9 +198,78 @@ ARCHITECTURES = [
     Architecture("gpt-oss", gpt_oss, language, share=0.96, left={"_bias": "one bias for each"}),
     Architecture("Mamba", mamba, language, share=0.94, left={"A_log": "decay rates"}),
     Architecture("DBRX", dbrx, language),
+    Architecture("DeepSeek-V3", deepseek, language),
+    Architecture(
+        "RWKV",
+        rwkv,
+        lambda m: m(input_ids=TOKENS, use_cache=False),
+        share=0.97,
+        left={"time_mix_key": "a single vector"},
+    ),
+    Architecture(
+        "SAM",
+        sam,
+        lambda m: m(pixel_values=IMAGE, input_points=POINTS).pred_masks,
+        share=0.9,
+        left={"pos_embed": "SamVisionEncoder is not in the layer table"},
+        # Of prompts and of outputs that this forward is not asked for.
+        idle=(
+            *(f"mask_embed.conv{i}.weight" for i in (1, 2, 3)),
+            *(f"point_embed.{i}.weight" for i in (0, 2, 3)),
+            "iou_prediction_head.weight",
+        ),
+    ),
+    Architecture(
+        "BiT",
+        bit,
+        lambda m: m(pixel_values=IMAGE),
+        share=0,
+        left={"conv1.weight": "standardises the weight anew"},
+    ),
 ]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 def test_contract(architecture: Architecture) -> None:
     check(architecture)
+
+
+def rows_of(model: nn.Module, kind: str, **options: Any) -> list[Any]:
+    return [r for r in snparam.plan_conversion(model, **options) if r.layer_type.endswith(kind)]
+
+
+def test_gpt2s_own_layers_are_read_output_first_and_hold_most_of_it() -> None:
+    """Conv1D is no convolution and no nn.Linear: without its row these would be left out."""
+    model = gpt2()
+    rows = rows_of(model, "Conv1D")
+    assert len(rows) == 2 * 4
+    for row in rows:
+        inputs, outputs = row.shape
+        assert row.decision == "convert"
+        assert row.matrices == (1, outputs, inputs)
+    matrices = {id(p): p.numel() for p in model.parameters() if p.ndim >= 2}
+    share = sum(inputs * outputs for inputs, outputs in (row.shape for row in rows))
+    # 12 n² in each of 2 blocks, beside the two embeddings (32 and 8 of n = 16).
+    assert share / sum(matrices.values()) == pytest.approx(24 * 256 / (24 * 256 + 40 * 16))
+    assert snparam.plan_conversion(model).share == 1
+
+
+def test_mixtrals_experts_are_matrices_of_their_own_and_its_router_is_one() -> None:
+    model = mixtral()
+    assert {(r.tensor, r.matrices) for r in rows_of(model, "Experts")} == {
+        ("gate_up_proj", (3, 48, 16)),
+        ("down_proj", (3, 16, 24)),
+    }
+    assert {(r.tensor, r.matrices) for r in rows_of(model, "Experts", blocks="auto")} == {
+        ("gate_up_proj", (6, 24, 16)),
+        ("down_proj", (3, 16, 24)),
+    }
+    routers = rows_of(model, "Router")
+    assert [(r.tensor, r.matrices, r.decision) for r in routers] == [
+        ("weight", (1, 3, 16), "convert")
+    ] * 2
+    assert not any(isinstance(router.site.owner, nn.Linear) for router in routers)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    experts = sum(int(torch.Size(r.shape).numel()) for r in rows_of(model, "Experts"))
+    assert experts / matrices > 0.7
+    assert snparam.plan_conversion(model).share == 1
