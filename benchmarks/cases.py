@@ -10,14 +10,16 @@ from torch import Tensor
 import snparam
 from snparam import linalg
 
-from . import memory, models, peers, work
+from . import bare, memory, models, peers, work
+from .bare import BARE
 from .peers import HOOK, OURS, PLAIN, SEQUENTIAL, TORCH
 from .rows import Row, Setup
-from .timing import Spread, interleaved
+from .timing import Spread, Times, interleaved
 
 AGAINST_TORCH = "torch's parametrization"
 AGAINST_HOOK = "torch's hook"
 AGAINST_SEQUENTIAL = "sequential Gram-Schmidt"
+AGAINST_ADDED = "added by torch's"
 
 Shape = tuple[int, ...]
 
@@ -43,6 +45,7 @@ def single_layers(setup: Setup) -> Iterator[Row]:
             OURS: work.read_and_backward(peers.ours()(source), grad),
             TORCH: work.read_and_backward(peers.torch_parametrization(source), grad),
             HOOK: work.read_and_backward(peers.torch_hook(source), grad),
+            BARE: bare.read_and_backward(source, grad),
         }
         times = interleaved(runs, setup.rounds, setup.device)
         case = f"read + backward, {_by(shape)}"
@@ -50,6 +53,7 @@ def single_layers(setup: Setup) -> Iterator[Row]:
         medians = times.medians()
         yield Row(case, AGAINST_TORCH, times.ratio(TORCH, OURS), reach, True, medians)
         yield Row(case, AGAINST_HOOK, times.ratio(HOOK, OURS), None, True, medians)
+        yield Row(_bare(case), AGAINST_TORCH, times.ratio(TORCH, BARE), None, True, medians)
 
 
 def many_values(setup: Setup) -> Iterator[Row]:
@@ -105,12 +109,21 @@ def training_steps(setup: Setup) -> Iterator[Row]:
             PLAIN: work.training_step(peers.plain(source), x),
             OURS: work.training_step(peers.ours()(source), x),
             TORCH: work.training_step(peers.torch_parametrization(source), x),
+            BARE: work.training_step(bare.in_training(source), x),
         }
         times = interleaved(runs, setup.fewer(2), setup.device)
-        ratio = times.ratio_of_added(OURS, TORCH, PLAIN)
-        yield Row(
-            f"training step, {name}", "added by torch's", ratio, 1 / 3, False, times.medians()
-        )
+        yield from _added(f"training step, {name}", times, 1 / 3)
+
+
+def _added(case: str, times: Times, reach: float) -> Iterator[Row]:
+    """Time added to a step, against torch's; and what the bare operations add."""
+    for who, what, wanted in ((OURS, case, reach), (BARE, _bare(case), None)):
+        ratio = times.ratio_of_added(who, TORCH, PLAIN)
+        yield Row(what, AGAINST_ADDED, ratio, wanted, False, times.medians())
+
+
+def _bare(case: str) -> str:
+    return f"{case}, {BARE}"
 
 
 def accumulated_steps(setup: Setup, passes: int = 4) -> Iterator[Row]:
@@ -122,11 +135,10 @@ def accumulated_steps(setup: Setup, passes: int = 4) -> Iterator[Row]:
             PLAIN: work.training_step(peers.plain(source), x, passes),
             OURS: work.training_step(stepwise, x, passes, update_after_step=True),
             TORCH: work.training_step(peers.torch_parametrization(source), x, passes),
+            BARE: work.training_step(bare.in_training(source, passes, stepwise=True), x, passes),
         }
         times = interleaved(runs, setup.fewer(4), setup.device, warm_up=1)
-        ratio = times.ratio_of_added(OURS, TORCH, PLAIN)
-        case = f"update='step', {passes} passes, {name}"
-        yield Row(case, "added by torch's", ratio, 1 / 5, False, times.medians())
+        yield from _added(f"update='step', {passes} passes, {name}", times, 1 / 5)
 
 
 def inference(setup: Setup) -> Iterator[Row]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import __main__, cases, models, peers, timing, work
+from benchmarks import __main__, bare, cases, models, peers, timing, work
 from benchmarks.memory import peak_extra
 from benchmarks.rows import Row
 from benchmarks.timing import WARM_UP, Spread, Times, interleaved
@@ -55,7 +55,8 @@ def data(recorded: Path) -> dict[str, Any]:
 def test_every_case_is_in_the_results_as_a_ratio(
     recorded: Path, data: dict[str, Any], case: str, against: str, reach: float | None
 ) -> None:
-    (row,) = [r for r in data["rows"] if r["case"].startswith(case) and r["against"] == against]
+    found = [r for r in data["rows"] if r["case"].startswith(case) and r["against"] == against]
+    (row,) = [r for r in found if not r["case"].endswith(bare.BARE)]
     assert row["reach"] == reach
     assert len(row["medians"]) >= 2
     assert all(median > 0 for median in row["medians"].values())
@@ -129,6 +130,24 @@ def test_help_says_that_no_cuda_device_has_run_it(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         __main__.main(["--help"])
     assert "not been run on a CUDA device" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("stepwise", "firsts"), [(False, 3), (True, 1)])
+def test_bare_operations_are_five_for_each_layer_and_leave_the_network_as_it_is(
+    stepwise: bool, firsts: int
+) -> None:
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    beside = bare.in_training(plain, passes=3, stepwise=stepwise)
+    x = torch.randn(2, 6)
+    for network in (plain, beside):
+        with torch.profiler.profile() as profile:
+            for _ in range(3):
+                network(x).square().sum().backward()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    expected = {"mv": 2 * firsts * 2, "div": firsts * 2, "dot": 3 * 2, "addr": 3 * 2}
+    assert {name: counts[f"aten::{name}"] for name in expected} == expected
+    for mine, theirs in zip(plain.parameters(), beside.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def test_contenders_alternate_and_take_turns_at_being_first(
