@@ -268,6 +268,15 @@ def test_under_autocast_and_anomaly_detection(layer):
     close(original_of(layer).grad, projected(layer, leaf.grad))
 
 
+def test_a_weight_that_was_written_to_after_its_read_has_the_right_gradient(layer):
+    """Nothing that backward needs is in what was written to."""
+    used = layer.weight
+    leaf = leaf_like(used)
+    twice(used.mul_(TARGET)).backward()
+    twice(leaf * TARGET).backward()
+    close(original_of(layer).grad, projected(layer, leaf.grad))
+
+
 def test_a_large_gradient_that_nobody_else_holds_is_overwritten(layer):
     """Otherwise it would be for nothing: the gradient that arrives is where the original's is."""
     arrived = []
@@ -300,6 +309,17 @@ HOLDERS = {
     "graph": lambda w: (w * w).sum(),
     "data": lambda w: w.data,
 }
+
+
+def test_a_loss_that_is_kept_keeps_no_memory_of_a_finished_forward(layer):
+    """As in every loop, where the last loss lives until there is the next."""
+    used = layer.weight
+    where = used.data_ptr()
+    loss = matmul(used)
+    del used
+    loss.backward()
+    assert layer.weight.data_ptr() == where
+    assert loss.grad_fn is not None
 
 
 def content(held):
