@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -118,10 +119,27 @@ def layer_type(module: nn.Module) -> LayerType | None:
     parametrizations and FSDP put in front of a module's own are in no table, and so are passed by.
     """
     for cls in type(module).__mro__:
-        for row in (*USER_ROWS, *TABLE, *thirdparty.ROWS):
+        for row in USER_ROWS:
             if row.is_for(cls):
                 return row
+        found = _known_row(cls)
+        if found is not None:
+            return found
     return None
+
+
+# What `_known_row` has found: a network has many modules of a few classes, each asked about often.
+_known: WeakKeyDictionary[type, LayerType | None] = WeakKeyDictionary()
+
+
+def _known_row(cls: type) -> LayerType | None:
+    """The package's own row for exactly this class, or None."""
+    try:
+        return _known[cls]
+    except KeyError:
+        rows = (*TABLE, *thirdparty.ROWS)
+        row = _known[cls] = next((row for row in rows if row.is_for(cls)), None)
+        return row
 
 
 def weights_of(module: nn.Module) -> list[Weight]:
