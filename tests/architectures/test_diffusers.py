@@ -19,6 +19,7 @@ from .contract import Architecture, assert_same, check, computed, convert
 IMAGE = torch.linspace(-3, 3, 2 * 3 * 8 * 8).sin().reshape(2, 3, 8, 8)
 LATENT = torch.linspace(-3, 3, 2 * 4 * 8 * 8).cos().reshape(2, 4, 8, 8)
 TEXT = torch.linspace(-9, 9, 2 * 5 * 12).sin().reshape(2, 5, 12)
+POOLED = torch.linspace(-4, 4, 2 * 10).cos().reshape(2, 10)
 TIME = torch.tensor([3, 7])
 CHANNELS: dict[str, Any] = {"block_out_channels": (8, 16), "norm_num_groups": 4}
 
@@ -54,11 +55,55 @@ def dit() -> nn.Module:
     )  # fmt: skip
 
 
+def sd3() -> nn.Module:
+    return diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=16,
+        pooled_projection_dim=10, out_channels=4, pos_embed_max_size=8,
+    )  # fmt: skip
+
+
+def flux() -> nn.Module:
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=10,
+        axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+
+
+def run_flux(model: Any) -> Any:
+    places = {"img_ids": torch.arange(48.0).reshape(16, 3), "txt_ids": torch.zeros(5, 3)}
+    tokens = LATENT.reshape(2, 8, 32)[:, :, :16].mT
+    return model(
+        tokens, encoder_hidden_states=TEXT, pooled_projections=POOLED, timestep=TIME / 10, **places
+    ).sample
+
+
+def vq() -> nn.Module:
+    return diffusers.VQModel(
+        layers_per_block=1, latent_channels=4, num_vq_embeddings=16, **CHANNELS,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def unet_1d() -> nn.Module:
+    return diffusers.UNet1DModel(
+        sample_size=16, in_channels=2, out_channels=2, extra_in_channels=64,
+        block_out_channels=(32, 32), mid_block_type="UNetMidBlock1D",
+        down_block_types=("DownBlock1DNoSkip", "AttnDownBlock1D"),
+        up_block_types=("AttnUpBlock1D", "UpBlock1DNoSkip"),
+    )  # fmt: skip
+
+
 ARCHITECTURES = [
     Architecture("UNet2D", unet, lambda m: m(IMAGE, TIME).sample),
     Architecture("UNet2DCondition", conditional_unet, lambda m: m(LATENT, TIME, TEXT).sample),
     Architecture("AutoencoderKL", autoencoder, lambda m: m(IMAGE, sample_posterior=False).sample),
     Architecture("DiT", dit, lambda m: m(LATENT, TIME, TIME).sample),
+    Architecture("SD3", sd3, lambda m: m(LATENT, TEXT, POOLED, TIME).sample),
+    Architecture("Flux", flux, run_flux),
+    Architecture("VQModel", vq, lambda m: m(IMAGE).sample),
+    Architecture("UNet1D", unet_1d, lambda m: m(IMAGE[:, :2, 0].repeat(1, 1, 2), TIME).sample),
 ]
 
 

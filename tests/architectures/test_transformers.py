@@ -166,6 +166,103 @@ def sam() -> nn.Module:
     )
 
 
+def qwen() -> nn.Module:
+    return hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(
+            **SMALL, moe_intermediate_size=12, num_experts=4, num_experts_per_tok=2, head_dim=8,
+            num_key_value_heads=2, max_position_embeddings=16, decoder_sparse_step=1,
+        )
+    )  # fmt: skip
+
+
+def gemma() -> nn.Module:
+    return hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(
+            **SMALL, num_key_value_heads=2, head_dim=8, max_position_embeddings=16,
+            sliding_window=4,
+        )
+    )  # fmt: skip
+
+
+def mamba2() -> nn.Module:
+    return hf.Mamba2ForCausalLM(
+        hf.Mamba2Config(
+            vocab_size=32, hidden_size=16, state_size=8, num_hidden_layers=2, num_heads=4,
+            head_dim=8, expand=2, n_groups=1, chunk_size=4,
+        )
+    )  # fmt: skip
+
+
+def jamba() -> nn.Module:
+    """Attention, a recurrence, and experts, in turn."""
+    return hf.JambaForCausalLM(
+        hf.JambaConfig(
+            **SMALL, num_key_value_heads=2, num_experts=2, attn_layer_period=2,
+            attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=0, mamba_d_state=4,
+            mamba_dt_rank=4, use_mamba_kernels=False,
+        )
+    )  # fmt: skip
+
+
+def segformer() -> nn.Module:
+    return hf.SegformerForSemanticSegmentation(
+        hf.SegformerConfig(
+            num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16],
+            patch_sizes=[3, 3], strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2],
+            decoder_hidden_size=16, num_labels=3,
+        )
+    )  # fmt: skip
+
+
+def detr() -> nn.Module:
+    backbone = hf.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic",
+        out_features=["stage2"],
+    )  # fmt: skip
+    return hf.DetrForObjectDetection(
+        hf.DetrConfig(
+            use_timm_backbone=False, backbone=None, backbone_config=backbone, d_model=16,
+            encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24, decoder_ffn_dim=24,
+            encoder_attention_heads=2, decoder_attention_heads=2, num_queries=4, num_labels=3,
+        )
+    )  # fmt: skip
+
+
+def hiera() -> nn.Module:
+    return hf.HieraModel(
+        hf.HieraConfig(
+            embed_dim=8, image_size=[16, 16], patch_size=[3, 3], patch_stride=[2, 2],
+            patch_padding=[1, 1], depths=[1, 1], num_heads=[1, 2], query_stride=[2, 2],
+            masked_unit_size=[4, 4], num_query_pool=1, masked_unit_attention=[True, False],
+            mlp_ratio=2.0,
+        )
+    )  # fmt: skip
+
+
+def vits() -> nn.Module:
+    return hf.VitsModel(
+        hf.VitsConfig(
+            vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=24,
+            window_size=2, flow_size=16, spectrogram_bins=9, prior_encoder_num_flows=1,
+            prior_encoder_num_wavenet_layers=1, posterior_encoder_num_wavenet_layers=1,
+            duration_predictor_num_flows=2, duration_predictor_filter_channels=16,
+            depth_separable_num_layers=1, upsample_initial_channel=16, upsample_rates=[4, 4],
+            upsample_kernel_sizes=[8, 8], resblock_kernel_sizes=[3],
+            resblock_dilation_sizes=[[1, 3]], use_stochastic_duration_prediction=False,
+        )
+    )  # fmt: skip
+
+
+def encodec() -> nn.Module:
+    return hf.EncodecModel(
+        hf.EncodecConfig(
+            target_bandwidths=[120.0], sampling_rate=24000, num_filters=4, num_residual_layers=1,
+            upsampling_ratios=[2, 2], num_lstm_layers=1, codebook_size=16, hidden_size=16,
+            codebook_dim=16,
+        )
+    )  # fmt: skip
+
+
 def dbrx() -> nn.Module:
     return hf.DbrxForCausalLM(
         hf.DbrxConfig(
@@ -199,6 +296,37 @@ ARCHITECTURES = [
     Architecture("Mamba", mamba, language, share=0.94, left={"A_log": "decay rates"}),
     Architecture("DBRX", dbrx, language),
     Architecture("DeepSeek-V3", deepseek, language),
+    Architecture("Qwen3-MoE", qwen, language),
+    Architecture("Gemma 3", gemma, language),
+    Architecture("Mamba2", mamba2, language),
+    Architecture("Jamba", jamba, language, share=0.98, left={"A_log": "decay rates"}),
+    Architecture("SegFormer", segformer, lambda m: m(pixel_values=IMAGE)),
+    Architecture("DETR", detr, lambda m: [*m(pixel_values=IMAGE).values()][:2]),
+    Architecture(
+        "Hiera",
+        hiera,
+        lambda m: m(pixel_values=IMAGE).last_hidden_state,
+        share=0.83,
+        left={"position_embeddings": "HieraEmbeddings is not in the layer table"},
+    ),
+    Architecture(
+        "VITS",
+        vits,
+        lambda m: m(input_ids=TOKENS).waveform,
+        share=0.6,
+        left={
+            "wavenet.in_layers.0.weight": "weight_norm",
+            "emb_rel_k": "VitsAttention is not in the layer table",
+        },
+        idle=("posterior_encoder.conv_pre.weight", "posterior_encoder.conv_proj.weight"),
+    ),
+    Architecture(
+        "EnCodec",
+        encodec,
+        lambda m: m(SOUND[:, None, :64]).audio_values,
+        share=0.4,
+        left={"decoder.layers.0.conv.weight": "weight_norm"},
+    ),
     Architecture(
         "RWKV",
         rwkv,
