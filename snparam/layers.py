@@ -176,9 +176,9 @@ def note_on(path: Sequence[tuple[str, nn.Module]], tensor_name: str) -> Layout |
         below = full[len(name) + 1 :] if name else full
         for pattern, note in row.inside.items():
             if fnmatchcase(below, pattern):
-                if note is None or isinstance(note, str):
-                    return note
-                return layout_in(note, module)
+                if note is not None:
+                    return note if isinstance(note, str) else layout_in(note, module)
+                break  # this one says nothing; those around it may
     return None
 
 

@@ -20,6 +20,10 @@ from .parametrization import SpectralNorm
 from .scopes import norms_of
 
 METHOD = "save_pretrained"
+# peft's two that say which tensors an adapter has of modules that are trained whole
+# (`modules_to_save`), when it is saved and when it is read: by the keys of those modules' state
+# dicts, which have to agree. What the adapter is put on is no part of it.
+_OF_ADAPTERS = ("get_peft_model_state_dict", "adapter_state_dict_load_map")
 
 
 def spell_for_pretrained(owner: nn.Module) -> None:
@@ -71,20 +75,21 @@ def _normalised(norm: SpectralNorm, state: dict[str, Any], inside: str) -> Tenso
 
 
 def _respell(owner: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    saved = _being_saved()
+    saved, method = _being_saved()
     if saved is not None:
-        check_shared(saved, owner)
+        if method == METHOD:
+            check_shared(saved, owner)
         make_plain(owner, state_dict, prefix)
 
 
-def _being_saved() -> nn.Module | None:
-    """The model whose `save_pretrained` is running, the innermost of several."""
+def _being_saved() -> tuple[nn.Module | None, str]:
+    """The model that is being saved, and the function that does it, the innermost of several."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
-        if code.co_name == METHOD and code.co_argcount:
+        if code.co_argcount and (code.co_name == METHOD or code.co_name in _OF_ADAPTERS):
             model = frame.f_locals.get(code.co_varnames[0])
             if isinstance(model, nn.Module):
-                return model
+                return model, code.co_name
         frame = frame.f_back
-    return None
+    return None, ""

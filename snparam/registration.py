@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
+from .adapters import refuse_merging
 from .baking import check_alone
 from .candidates import Candidate, is_lazy
 from .classes import give_own_class
@@ -159,6 +160,7 @@ def attach(weight: Weight, norm: SpectralNorm) -> None:
     lists[name].register_load_state_dict_post_hook(_derive_after_load)
     _read_directly(owner, name)
     refuse_pickling(owner)
+    refuse_merging(owner)
     row = layer_type(owner)
     if row is not None:
         for attribute, value in row.overrides.items():

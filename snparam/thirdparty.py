@@ -19,6 +19,8 @@ _stack, _stack_columns = Layout("stack"), Layout("stack_columns")
 
 _STANDARDISED = "its forward standardises the weight anew, so that dividing it changes nothing"
 _ADAPTER = "a part of a peft adapter, which is left as it is; the base layer is normalised"
+_MERGED_IN_FORWARD = "peft writes the adapter into it and out again in every forward"
+_ROWS_REPLACED = "peft replaces rows of it by trained ones, which are not divided by its σ"
 _PROMPT = "the trained prompt of a peft adapter, which is left as it is"
 _BIASES = {"*bias": "one bias for each expert, and no matrix"}
 _DECAY = "its entries are decay rates of a recurrence, used one by one, and no matrix"
@@ -228,6 +230,14 @@ _OTHERS = [
     LayerType(
         names=("torchvision.ops.deform_conv.DeformConv2d",),
         weights={"weight": _groups},
+    ),
+    LayerType(
+        names=("peft.tuners.lora.layer.MultiheadAttention",),
+        inside={"base_layer.*": _MERGED_IN_FORWARD, "*": _ADAPTER},
+    ),
+    LayerType(
+        names=("peft.tuners.trainable_tokens.layer.TrainableTokensLayer",),
+        inside={"base_layer.*": _ROWS_REPLACED, "*": _ADAPTER},
     ),
     LayerType(
         names=("peft.tuners.tuners_utils.BaseTunerLayer",),

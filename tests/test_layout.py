@@ -27,7 +27,7 @@ LAYERS = [
     ["saving", "tying"],
     ["checkpoints"],
     ["registration", "plan"],
-    ["pretrained", "pickling"],
+    ["pretrained", "pickling", "adapters"],
     ["candidates", "selection"],
     ["presets"],
     ["layertypes"],
