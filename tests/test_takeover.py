@@ -7,7 +7,7 @@ import torch
 from holder import exact, norm_of, original_of
 from hypothesis import given
 from hypothesis import strategies as st
-from test_checkpoints import foreign, same_output, single_layers, trained
+from spelled import foreign, same_output, single_layers, trained
 from torch import nn
 from torch.nn.utils import parametrizations as torch_parametrizations
 from torch.nn.utils import parametrize, remove_spectral_norm
