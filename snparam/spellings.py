@@ -28,6 +28,7 @@ from .completion import completed
 from .parametrization import SpectralNorm
 from .reading import fitting_axis, left_vector, torch_axis
 from .scopes import norms_of
+from .sharded import is_sharded
 from .stacks import compute_dtype, is_finite, stack_of
 
 # While tied weights are loaded with `assign=True`, one owner after the other: the Parameter that
@@ -95,12 +96,13 @@ class _Arrival:
 
     def take_in(self) -> None:
         """Respell in place; estimate what is missing, if the weight is there."""
+        self._drop_echo()
         plain = self._rename_weight()
         state = self._rename_state()
         if self.original not in self.state_dict:
             return
         weight = self.state_dict[self.original]
-        if not isinstance(weight, Tensor) or weight.shape != self._list.original.shape:
+        if not _fits(weight, self._list.original):
             self.faults += 1
         gain = self.state_dict.get(self._own("gain"))
         if gain is not None and not _has_shape(gain, self.norm.sv.shape[:1]):
@@ -132,6 +134,20 @@ class _Arrival:
         taken = (*owner._parameters, *owner._buffers, *owner._modules, *lists)
         is_taken = local in taken and local != self.name
         return key if key in self.state_dict and not is_taken else None
+
+    def _drop_echo(self) -> None:
+        """Where another spelling has come too, drop the tensors that are the model's own.
+
+        `torch.distributed.checkpoint.state_dict` fills up with them what it is given, and so do
+        people, by `{**model.state_dict(), **others}`.
+        """
+        here, own = self._list.original, self.state_dict.get(self.original)
+        other = self._foreign(f"{self.name}_orig") or self._foreign(self.name)
+        if other is not None and not is_sharded(here) and _is_same(own, here):
+            del self.state_dict[self.original]
+            for tensor, value in self.norm.state_dict(keep_vars=True).items():
+                if _is_same(self.state_dict.get(self._own(tensor)), value):
+                    del self.state_dict[self._own(tensor)]
 
     def _rename_weight(self) -> bool:
         """Give the weight its own key; whether it had the plain one."""
@@ -269,6 +285,8 @@ class _Arrival:
     def _complete(self, weight: Tensor, state: _State, normalised: bool) -> None:
         """Put all of the state beside a weight, estimated where the checkpoint has none."""
         k = self.norm.u.shape[1]
+        if state.u is not None and not _has_direction(state.u):
+            state = _State(known=state.known)
         gain = self._own("gain")
         lacks_gain = self.norm.settings.gain is not None and gain not in self.state_dict
         if all(x is not None and x.shape[1] == k for x in (state.u, state.sv)) and not lacks_gain:
@@ -329,5 +347,21 @@ def _has_shape(tensor: Any, shape: tuple[int | None, ...]) -> bool:
     )
 
 
+def _is_same(tensor: Any, other: Tensor) -> bool:
+    """Whether a tensor is another, in the same memory."""
+    return (
+        _fits(tensor, other)
+        and not (tensor.is_meta or other.is_meta)
+        and tensor.data_ptr() == other.data_ptr() != 0
+    )
+
+
+def _has_direction(u: Tensor) -> bool:
+    """Whether the power iteration can go on from u (b, k, m)."""
+    return u.is_meta or bool(u.isfinite().all() and (u[:, 0] != 0).any(-1).all())
+
+
 def _fits(tensor: Any, other: Tensor) -> bool:
-    return isinstance(tensor, Tensor) and tensor.shape == other.shape
+    return (
+        isinstance(tensor, Tensor) and tensor.shape == other.shape and tensor.layout == other.layout
+    )

@@ -100,6 +100,30 @@ def test_a_truncated_file_is_an_error_and_changes_nothing(kept, kind, tmp_path):
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_a_damaged_file_changes_nothing_or_the_numbers_of_what_it_has(kind, tmp_path):
+    """One byte at a time. Neither format has a checksum of the numbers themselves."""
+    path, state = tmp_path / f"model.{kind}", snparam.convert_model(network()).state_dict()
+    save = {"pt": torch.save, "safetensors": safetensors.torch.save_file}[kind]
+    load = {"pt": torch.load, "safetensors": safetensors.torch.load_file}[kind]
+    save(state, path)
+    whole = path.read_bytes()
+    model = snparam.convert_model(network())
+    errors = 0
+    for at in range(0, len(whole), 5):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        reader = copy.deepcopy(model)
+        try:
+            reader.load_state_dict(load(path))
+        except Exception:  # noqa: BLE001  torch's reader of pickles has many
+            errors += 1
+            assert_unchanged(reader, model.state_dict())
+        else:
+            shapes = {name: tensor.shape for name, tensor in reader.state_dict().items()}
+            assert shapes == {name: tensor.shape for name, tensor in state.items()}
+    assert errors > len(whole) / 5 / 4
+
+
 DOCS = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", DOCS, flags=re.MULTILINE | re.DOTALL)
 

@@ -191,3 +191,35 @@ def test_a_weight_that_cannot_be_estimated_is_named_and_not_loaded(bad):
     assert 'SpectralNorm on "0.weight" (5, 4)' in text
     assert "NaN or inf" in text
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
+PLAIN_FAULTS = {
+    "a shape": {"0.weight": torch.ones(5, 9)},
+    "no dimension": {"0.weight": torch.ones(())},
+    "no tensor": {"0.weight": [1.0, 2.0]},
+    "nothing": {"0.weight": None},
+    "another layout": {"0.weight": torch.ones(5, 4).to_sparse()},
+    "a surplus tensor": {"other": torch.ones(1)},
+    "a surplus tensor of the layer": {"0.weight_g": torch.ones(5, 1)},
+    "torch's v alone": {"0.weight_v": torch.ones(4)},
+    "BigGAN's sv alone": {"0.sv0": torch.ones(1)},
+    "BigGAN's u1 alone": {"0.u1": torch.ones(1, 5)},
+}
+
+
+@pytest.mark.parametrize("fault", PLAIN_FAULTS)
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_faults_in_a_plain_one_are_reported_as_the_ordinary_network_does(fault, strict, assign):
+    """To the letter, but for the name that the weight has in a converted network."""
+    ordinary = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    state = {**ordinary.state_dict(), **PLAIN_FAULTS[fault]}
+    model = snparam.convert_model(copy.deepcopy(ordinary))
+
+    def said(network):
+        try:
+            return str(network.load_state_dict(dict(state), strict=strict, assign=assign))
+        except (RuntimeError, AttributeError) as error:
+            return str(error)
+
+    assert said(model).replace("parametrizations.weight.original", "weight") == said(ordinary)

@@ -20,6 +20,7 @@ from spelled import (
     trained,
 )
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn.utils import parametrizations as torch_parametrizations
 
 import snparam
@@ -325,3 +326,52 @@ def test_assigning_other_values_to_tied_weights_parts_them_and_their_states():
         top = float(exact(state[f"{i}.weight"])[0])
         torch.testing.assert_close(model[i].eval().weight, state[f"{i}.weight"] / top)
     assert norm_of(model[0]) is not norm_of(model[1])
+
+
+# State that is no state
+
+
+@pytest.mark.parametrize("spelling", ["snparam", "torch", "torch-hook", "biggan"])
+@pytest.mark.parametrize("num_svs", [1, 3])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("update", ["forward", "step"])
+def test_a_u_without_a_direction_is_estimated(spelling, num_svs, bad, update):
+    """No power iteration goes on from it: left as it is, it gives a wrong σ, or an error."""
+    layer = nn.Linear(4, 5)
+    theirs = snparam.register_sn(layer, 3) if spelling == "snparam" else foreign(layer, spelling)
+    state = theirs.state_dict()
+    for key in state:
+        if key.endswith(("u", "_u", "u0")):
+            state[key] = torch.full_like(state[key], bad)
+    model = snparam.register_sn(nn.Linear(4, 5), num_svs, update=update)
+    assert model.load_state_dict(state) == ([], [])
+    assert_exact_state(model, num_svs)
+
+
+# State dicts that were filled up with the model's own tensors
+
+
+def filled_up(model, state):
+    model.load_state_dict({**model.state_dict(), **state})
+
+
+def by_torch_distributed(model, state):
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, dict(state), options=options)
+
+
+@pytest.mark.parametrize("fill", [filled_up, by_torch_distributed])
+@pytest.mark.parametrize("spelling", ["plain", "torch-hook", "biggan"])
+@pytest.mark.parametrize("gain", [None, "learned"])
+def test_other_spellings_count_more_than_what_the_model_has_already(fill, spelling, gain):
+    """accelerate reads checkpoints by the function of torch's that is used here."""
+    layer = nn.Linear(4, 6)
+    layer.weight.data = dominated((6, 4), torch.float32)
+    source = trained(foreign(layer, spelling))
+    model = nn.Sequential(snparam.register_sn(nn.Linear(4, 6), gain=gain))
+    fill(model, nn.Sequential(source).state_dict())
+    assert torch.equal(original_of(model[0]), layer.weight)
+    expected = source
+    if spelling == "plain" and gain is None:
+        expected = snparam.register_sn(copy.deepcopy(layer))
+    same_output(model[0], expected, layer)
