@@ -148,7 +148,9 @@ class Candidate:
         norm.derive(self.tensor)
         norm.start_gain(self.tensor)
         if self.spectral is not None and self.settings.gain is not None:
-            norm.gain.data.fill_(1)  # for the norm that the weight in use has had so far
+            # The norm that the weight in use has had so far: 1, but for torch's estimate, and for
+            # matrices other than torch's.
+            norm.gain.data.div_(self.spectral.sigma())
         return norm
 
 

@@ -71,6 +71,26 @@ def left_vector(view: View, axis: int, u: Tensor | None, v: Tensor | None) -> Te
 
 
 @torch.no_grad()
+def torch_sigma(weight: Tensor, axis: int, u: Tensor | None, v: Tensor | None) -> Tensor:
+    """The σ () that torch divides a weight by in eval mode: uᴴ W v, of what there is of u and v.
+
+    Without v, that of one step from u, ‖W Wᴴu‖ / ‖Wᴴu‖. 1 where that is zero, NaN or inf, so that
+    what is divided by it stays what it is.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    matrix = weight.detach().movedim(axis, 0).flatten(1).to(dtype)
+    left, right = (None if x is None else x.detach().to(matrix) for x in (u, v))
+    if right is None:
+        assert left is not None
+        right = left.conj() @ matrix
+        right = right.conj() / torch.linalg.vector_norm(right)
+        left = None
+    image = matrix @ right
+    sigma = torch.linalg.vector_norm(image) if left is None else torch.vdot(left, image).real
+    return torch.where(sigma.isfinite() & (sigma != 0), sigma, 1.0)
+
+
+@torch.no_grad()
 def torch_vectors(weight: Tensor, view: View, axis: int, u: Tensor) -> tuple[Tensor, Tensor] | None:
     """The u (m,) and v (n,) with which torch computes the σ that one step from our u finds.
 

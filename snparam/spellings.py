@@ -15,7 +15,9 @@ nothing that torch would report by itself: what it does not understand it leaves
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from . import linalg
 from .completion import completed
 from .parametrization import SpectralNorm
-from .reading import fitting_axis, left_vector, torch_axis
+from .reading import fitting_axis, left_vector, torch_axis, torch_sigma
 from .scopes import norms_of
 from .sharded import is_sharded
 from .stacks import compute_dtype, is_finite, stack_of
@@ -74,11 +76,15 @@ def _respell(
 
 
 class _State(NamedTuple):
-    """What a checkpoint has of u (b, j, m), sv (b, i) and γ (b,), and whether it has any of it."""
+    """What a checkpoint has of u (b, j, m) and sv (b, i), and whether it has any of it.
+
+    `sigma` tells what the network that wrote it divides a weight by, where that is not ours.
+    """
 
     u: Tensor | None = None
     sv: Tensor | None = None
     known: bool = False
+    sigma: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass
@@ -206,7 +212,8 @@ class _Arrival:
         found = left_vector(view, fitting, u, v)
         if found is not None and self.original not in self.state_dict:
             self.state_dict[self._own("u")] = found
-        return _State(found, known=True)
+        sigma = partial(torch_sigma, axis=fitting, u=u, v=v)
+        return _State(found, known=True, sigma=sigma)
 
     def _report_vectors(self, u: Any, v: Any, v_key: str) -> None:
         """Leave a u of a wrong shape to torch; report v, which no tensor here corresponds to."""
@@ -235,8 +242,11 @@ class _Arrival:
             if faulty:
                 self.faults += 1
                 self.state_dict[self._own(tensor)] = faulty[0]
-        if wrong or wrong_sv or blocks > 1:
+        if wrong or wrong_sv:
             return _State(known=True)
+        if blocks > 1:
+            sigma = partial(torch_sigma, axis=torch_axis(self.owner), u=us[0].flatten(), v=None)
+            return _State(known=True, sigma=sigma)
         u = torch.cat(us).unsqueeze(0)
         sv = torch.cat([sv.reshape(1) for sv in svs]).unsqueeze(0) if len(svs) == len(us) else None
         if self.original not in self.state_dict:
@@ -286,7 +296,7 @@ class _Arrival:
         """Put all of the state beside a weight, estimated where the checkpoint has none."""
         k = self.norm.u.shape[1]
         if state.u is not None and not _has_direction(state.u):
-            state = _State(known=state.known)
+            state = state._replace(u=None, sv=None)
         gain = self._own("gain")
         lacks_gain = self.norm.settings.gain is not None and gain not in self.state_dict
         if all(x is not None and x.shape[1] == k for x in (state.u, state.sv)) and not lacks_gain:
@@ -305,10 +315,12 @@ class _Arrival:
         u, sv = completed(stack, given, state.sv, k)
         self._put(weight, u, sv)
         if lacks_gain:
-            # A normalised network computes with W / σ, an ordinary one with W.
+            # A normalised network computes with W / σ, by its own σ, an ordinary one with W.
             sigma = linalg.power_step(stack, u.to(stack.dtype))[2][:, 0]
-            one = torch.ones_like(sigma)
-            start = one if normalised else torch.where(sigma == 0, one, sigma)
+            start = torch.where(sigma == 0, 1.0, sigma)
+            if normalised:
+                other = None if is_sharded(weight) else state.sigma
+                start = start / other(self._as_loaded(weight)) if other else torch.ones_like(start)
             self.state_dict[gain] = start.to(linalg.real_dtype(weight.dtype))
 
     def _as_loaded(self, weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import (
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .classes import give_own_class
-from .reading import left_vector
+from .reading import left_vector, torch_sigma
 from .views import View
 
 _SPECTRAL = "torch's spectral norm"
@@ -55,6 +55,10 @@ class Spectral:
         """Its u as that of a view, (1, 1, m), or None if it is of other matrices or not finite."""
         found = left_vector(view, self.axis, self.u, self.v)
         return found if found is not None and bool(found.isfinite().all()) else None
+
+    def sigma(self) -> Tensor:
+        """The σ () that it divides by in eval mode."""
+        return torch_sigma(self.original, self.axis, self.u, self.v)
 
 
 def spectral_on(owner: nn.Module, name: str) -> Spectral | None:

@@ -6,11 +6,7 @@ import re
 import pytest
 import torch
 from holder import original_of
-from spelled import (
-    SPELLINGS,
-    foreign,
-    spelled,
-)
+from spelled import SPELLINGS, assert_exact_state, foreign, spelled
 from torch import nn
 
 import snparam
@@ -223,3 +219,23 @@ def test_faults_in_a_plain_one_are_reported_as_the_ordinary_network_does(fault, 
             return str(error)
 
     assert said(model).replace("parametrizations.weight.original", "weight") == said(ordinary)
+
+
+# State that is no state
+
+
+@pytest.mark.parametrize("spelling", ["snparam", "torch", "torch-hook", "biggan"])
+@pytest.mark.parametrize("num_svs", [1, 3])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("update", ["forward", "step"])
+def test_a_u_without_a_direction_is_estimated(spelling, num_svs, bad, update):
+    """No power iteration goes on from it: left as it is, it gives a wrong σ, or an error."""
+    layer = nn.Linear(4, 5)
+    theirs = snparam.register_sn(layer, 3) if spelling == "snparam" else foreign(layer, spelling)
+    state = theirs.state_dict()
+    for key in state:
+        if key.endswith(("u", "_u", "u0")):
+            state[key] = torch.full_like(state[key], bad)
+    model = snparam.register_sn(nn.Linear(4, 5), num_svs, update=update)
+    assert model.load_state_dict(state) == ([], [])
+    assert_exact_state(model, num_svs)

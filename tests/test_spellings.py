@@ -215,7 +215,33 @@ def test_with_a_gain_a_normalised_checkpoint_keeps_its_function(gain, spelling):
     model = snparam.register_sn(nn.Linear(4, 6), gain=gain)
     model.load_state_dict(source.state_dict())
     same_output(model, source, layer)
-    assert torch.equal(norm_of(model).gain, torch.ones(1))
+    torch.testing.assert_close(norm_of(model).gain.detach(), torch.ones(1))
+
+
+@pytest.mark.parametrize("spelling", ["torch", "torch-hook", "biggan"])
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        (nn.Linear(4, 6), {}),
+        (nn.Linear(4, 6), {"blocks": 3}),
+        (nn.Conv2d(4, 6, 3), {"blocks": 2}),
+        (nn.ConvTranspose1d(4, 6, 3, groups=2), {}),
+        (nn.ConvTranspose1d(4, 6, 3, groups=2), {"blocks": 2}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("update", ["forward", "step"])
+def test_with_a_gain_so_does_one_of_another_estimate_or_of_other_matrices(
+    spelling, layer, options, update
+):
+    """torch's u and v after one forward are far from converged, and a network computes by them."""
+    if spelling == "biggan" and isinstance(layer, nn.ConvTranspose1d):
+        pytest.skip("BigGAN has no such layer")
+    source = trained(foreign(layer, spelling), 1)
+    model = snparam.register_sn(copy.deepcopy(layer), gain="fixed", update=update, **options)
+    original_of(model).data.normal_()
+    model.load_state_dict(source.state_dict())
+    same_output(model, source, layer)
 
 
 def test_a_gain_that_is_there_is_loaded_and_a_surplus_one_reported():
@@ -326,26 +352,6 @@ def test_assigning_other_values_to_tied_weights_parts_them_and_their_states():
         top = float(exact(state[f"{i}.weight"])[0])
         torch.testing.assert_close(model[i].eval().weight, state[f"{i}.weight"] / top)
     assert norm_of(model[0]) is not norm_of(model[1])
-
-
-# State that is no state
-
-
-@pytest.mark.parametrize("spelling", ["snparam", "torch", "torch-hook", "biggan"])
-@pytest.mark.parametrize("num_svs", [1, 3])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
-@pytest.mark.parametrize("update", ["forward", "step"])
-def test_a_u_without_a_direction_is_estimated(spelling, num_svs, bad, update):
-    """No power iteration goes on from it: left as it is, it gives a wrong σ, or an error."""
-    layer = nn.Linear(4, 5)
-    theirs = snparam.register_sn(layer, 3) if spelling == "snparam" else foreign(layer, spelling)
-    state = theirs.state_dict()
-    for key in state:
-        if key.endswith(("u", "_u", "u0")):
-            state[key] = torch.full_like(state[key], bad)
-    model = snparam.register_sn(nn.Linear(4, 5), num_svs, update=update)
-    assert model.load_state_dict(state) == ([], [])
-    assert_exact_state(model, num_svs)
 
 
 # State dicts that were filled up with the model's own tensors
