@@ -193,7 +193,7 @@ class Passes:
     def values(self, weight: Tensor, scale: float) -> Tensor | None:
         """A tensor with the values of an earlier pass, or None if the weight is not as it was."""
         values = self._values
-        if values is not None and self._made_of == (_now(weight), scale, values._version):
+        if values is not None and self._made_of == (_now(weight), scale, _now(values)):
             return values.detach()
         return None
 
@@ -201,20 +201,21 @@ class Passes:
         """Share the values of a first pass."""
         if weight.is_contiguous():
             self._values = values.detach()
-            self._made_of = (_now(weight), scale, values._version)
+            self._made_of = (_now(weight), scale, _now(self._values))
 
     def end(self) -> None:
         """Forget the values: the weight is about to change, or has changed."""
         self._values = None
 
 
-def _now(weight: Tensor) -> object:
-    """Where a weight is and what it holds, as far as a few of its entries tell.
+def _now(tensor: Tensor) -> object:
+    """Where a tensor without gaps is and what it holds, as far as a few of its entries tell.
 
-    They tell of who trains without an optimizer of torch's, past version counters.
+    They tell of who writes past version counters: trains without an optimizer of torch's, or
+    changes `layer.weight.data`.
     """
-    some = weight.detach().as_strided((8,), (weight.numel() // 8,)).tolist()
-    return weight.data_ptr(), weight._version, some
+    some = tensor.detach().as_strided((8,), (tensor.numel() // 8,)).tolist()
+    return tensor.data_ptr(), tensor._version, some
 
 
 def divide(
@@ -247,7 +248,7 @@ def divide(
         and _COUNTS_HOLDERS
         and not torch._C._len_torch_dispatch_stack()
     ):
-        if not _ALONE:
+        if not _ALONE and sys.gettrace() is None:  # a debugger holds what it shows
             _learn_what_alone_looks_like()
         if passes is not None:
             values = passes.values(weight, scale)
@@ -313,6 +314,8 @@ class _Divide(torch.autograd.Function):
             # An expanded one has several entries in one place.
             and (grad.stride() == ctx.of.strides or grad.is_contiguous())
             and _holders(grad) in _ALONE
+            # Memory that is not torch's own, such as numpy's, has an owner who is not counted.
+            and grad.untyped_storage().resizable()
         )
         if torch.is_autocast_enabled("cpu"):
             with without_autocast(grad):
@@ -389,7 +392,7 @@ class _Probe(torch.autograd.Function):
 
 
 def _learn_what_alone_looks_like() -> None:
-    x = torch.ones(2, requires_grad=True)
+    x = torch.ones(2, requires_grad=True, device="cpu")
     probe: Any = super(torch.autograd.Function, _Probe).apply
     torch.autograd.grad((probe(x) * 2.0).sum(), x)
     torch.autograd.grad((probe(x).view(1, 2) * 2.0).sum(), x)

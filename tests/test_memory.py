@@ -1,4 +1,4 @@
-"""Memory that is written anew: gradients in place, W / σ of the next forward, shared passes.
+"""Memory that is written anew: gradients in place, W / σ of the next forward.
 
 Nothing of it may be seen. Each test has something else hold, or look at, what would be overwritten.
 The weights here are large enough for it.
@@ -6,6 +6,7 @@ The weights here are large enough for it.
 
 import copy
 import gc
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -235,6 +236,53 @@ def test_a_gradient_that_a_graph_has_saved_is_left_alone(layer):
     assert torch.equal(original_of(layer).grad, first)
 
 
+class HandsOn(torch.autograd.Function):
+    """Has a gradient from elsewhere, in memory that is not torch's."""
+
+    @staticmethod
+    def forward(ctx, w, array):
+        ctx.array = array
+        return w.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.from_numpy(ctx.array), None
+
+
+def test_a_gradient_in_memory_of_another_library_is_left_alone(layer):
+    array = TARGET.numpy().copy()
+    HandsOn.apply(layer.weight, array).backward()
+    assert torch.equal(torch.from_numpy(array), TARGET)
+    close(original_of(layer).grad, projected(layer, TARGET))
+
+
+def test_a_debugger_does_not_teach_that_held_gradients_are_free(layer, monkeypatch):
+    """One that shows local variables holds them, when it is learned what nobody holds."""
+    monkeypatch.setattr(cpu, "_ALONE", set())
+
+    def show(frame, _event, _arg):
+        frame.f_locals  # noqa: B018
+        return show
+
+    earlier = sys.gettrace()
+    sys.settrace(show)
+    try:
+        matmul(layer.weight).backward()
+    finally:
+        sys.settrace(earlier)
+    assert not cpu._ALONE
+
+
+def test_a_default_device_elsewhere_does_not_matter(layer, monkeypatch):
+    monkeypatch.setattr(cpu, "_ALONE", set())
+    with torch.device("meta"):
+        matmul(layer.weight).backward()
+    used = layer.weight
+    leaf = leaf_like(used)
+    matmul(leaf).backward()
+    close(original_of(layer).grad, projected(layer, leaf.grad))
+
+
 def test_a_graph_may_be_used_again(layer):
     loss = matmul(layer.weight)
     loss.backward(retain_graph=True)
@@ -422,126 +470,3 @@ def test_a_change_between_forward_and_backward_is_an_error(which, create_graph):
         return
     with pytest.raises(RuntimeError, match=f"a {which} of shape .* in-place"):
         torch.autograd.grad(loss, original_of(layer), create_graph=create_graph)
-
-
-# Passes between two updates
-
-
-@pytest.fixture
-def stepped():
-    return layer_with(update="step")
-
-
-def test_passes_between_updates_share_the_weight_and_add_up(stepped):
-    first, second = stepped.weight, stepped.weight
-    assert first.data_ptr() == second.data_ptr()
-    assert first.grad_fn is not second.grad_fn
-    passes = [X * scale for scale in (1.0, 0.5, 2.0)]
-    for x in passes:
-        stepped(x).square().sum().backward()
-    found = original_of(stepped).grad.clone()
-    original_of(stepped).grad = None
-    stepped(torch.cat(passes)).square().sum().backward()
-    close(found, original_of(stepped).grad)
-
-
-def test_gradients_of_later_passes_do_not_wait_for_one_another():
-    """Else those of all weights would be held at once, as those of a plain network are not."""
-    model = nn.Sequential(
-        snparam.register_sn(nn.Linear(COLUMNS, COLUMNS), update="step"),
-        snparam.register_sn(nn.Linear(COLUMNS, COLUMNS), update="step"),
-    )
-    done = []
-    for number, layer in enumerate(model):
-        original_of(layer).register_post_accumulate_grad_hook(
-            lambda _, number=number: done.append(f"weight {number}")
-        )
-    for _ in range(3):
-        done.clear()
-        hidden = model[0](X)
-        hidden.register_hook(lambda _: done.append("hidden"))
-        model[1](hidden).square().sum().backward()
-        assert done == ["weight 1", "hidden", "weight 0"]
-
-
-def changes(layer):
-    original = original_of(layer)
-    optimizer = torch.optim.SGD([original], lr=0.1)
-
-    def step():
-        original.grad = torch.ones_like(original)
-        optimizer.step()
-
-    def load():
-        layer.load_state_dict({k: v * 1.5 for k, v in layer.state_dict().items()})
-
-    def in_place():
-        with torch.no_grad():
-            original.add_(0.1)
-
-    def past_the_version():
-        original.data.add_(0.1)
-
-    def elsewhere():
-        original.data = original.data + 0.1
-
-    def assigned():
-        layer.weight = original.detach() + 0.1
-
-    return {
-        "optimizer": step, "load": load, "in place": in_place, "data": past_the_version,
-        "elsewhere": elsewhere, "assigned": assigned, "update": lambda: snparam.update(layer),
-    }  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore:SpectralNorm on:UserWarning")
-@pytest.mark.parametrize("change", changes(layer_with()))
-def test_a_change_of_the_weight_ends_what_passes_share(stepped, change):
-    first = stepped.weight
-    changes(stepped)[change]()
-    second = stepped.weight
-    assert second.data_ptr() != first.data_ptr()
-    original = original_of(stepped).detach()
-    # Divided by one number: the last σ that was computed.
-    ratio = original / second.detach()
-    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
-
-
-def test_a_shared_weight_that_is_written_to_is_made_anew(stepped):
-    right = stepped.weight.detach().clone()
-    stepped.weight.detach().zero_()
-    assert torch.equal(stepped.weight, right)
-
-
-@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "frozen weight", "eval"])
-def test_passes_of_another_kind_have_a_weight_of_their_own(stepped, how):
-    first = stepped.weight
-    if how == "no_grad":
-        with torch.no_grad():
-            other = stepped.weight
-    elif how == "inference_mode":
-        with torch.inference_mode():
-            other = stepped.weight
-    elif how == "eval":
-        other = stepped.eval().weight
-        stepped.train()
-    else:
-        original_of(stepped).requires_grad_(False)
-        other = stepped.weight
-        original_of(stepped).requires_grad_(True)
-    assert other.data_ptr() != first.data_ptr()
-    assert other.requires_grad == (how == "eval")
-    close(other, first)
-    stepped(X).sum().backward()
-    assert original_of(stepped).grad is not None
-
-
-def test_second_derivatives_through_shared_passes(stepped):
-    """Twice a gradient penalty: each pass frees its own graph and not that of the weight."""
-    found = []
-    for _ in range(2):
-        x = X.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(stepped(x).square().sum(), x, create_graph=True)
-        (grad,) = torch.autograd.grad(slope.square().sum(), original_of(stepped))
-        found.append(grad)
-    assert torch.equal(*found)
