@@ -172,12 +172,13 @@ def _pieces(matrices: Tensor) -> int:
     what it has in its cache is not what V Wᵀ asks it for next. 1.2x for both products at 2048x512
     and 4096x1024, 1.5x at 1024x1024, on two cores; nothing for wide matrices.
     """
-    if matrices.device.type != "cpu" or matrices.shape[0] > 1 or not matrices.is_contiguous():
+    blocks, rows, columns = matrices.shape
+    if matrices.device.type != "cpu" or blocks > 1 or rows * columns < _WORTH_PARTING:
         return 1
+    if torch.compiler.is_compiling() or not matrices.is_contiguous():
+        return 1  # a graph cannot ask for the number of threads, which may be others when it runs
     threads = torch.get_num_threads()
-    rows, columns = matrices.shape[1:]
-    worth = rows * columns >= _WORTH_PARTING and rows >= max(columns, 64 * threads)
-    return threads if worth and rows % threads == 0 else 1
+    return threads if rows >= max(columns, 64 * threads) and rows % threads == 0 else 1
 
 
 def right_product(matrices: Tensor | Stack, v: Tensor) -> Tensor:

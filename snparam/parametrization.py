@@ -15,7 +15,7 @@ from .derived import Derived
 from .division import Division, divide, filled, without_autocast
 from .forwards import Forwards, Reading
 from .options import Settings
-from .recomputation import held, in_backward, keep, kept, saved_by, unseen
+from .recomputation import held, in_backward, keep, kept, refuse_in_region, saved_by, unseen
 from .sharded import is_sharded
 from .stacks import Estimate, compute_dtype, is_finite, stack_of, step_from_v, steps_from_u
 from .views import View
@@ -362,7 +362,10 @@ class SpectralNorm(nn.Module):
             if not traced:
                 keep(self, repeated)  # for a region that has begun since the first read
         elif self.training and not self._frozen:
-            if traced or not in_backward():
+            if traced:
+                refuse_in_region(self.name, self.view.shape)
+                return True, None
+            if not in_backward():
                 return True, None
             repeated = kept(self, self.forwards.last_v)
         return False, repeated

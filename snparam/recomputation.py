@@ -118,6 +118,31 @@ def held(u: Tensor, v: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return both[:, :rows], both[:, rows:-1], both[:, -1].real
 
 
+def refuse_in_region(name: str, shape: tuple[int, ...]) -> None:
+    """Refuse to compile a training forward that moves a state inside a checkpointed region.
+
+    A compiled graph cannot tell its recomputation from a forward, and would move the state again.
+
+    Raises:
+        RuntimeError: if what is being compiled was called in a region that runs outside of it.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if _region_of(frame) is not None:
+            raise RuntimeError(
+                f"SpectralNorm on {name} {shape}: a module that torch.compile compiles is called "
+                "in a region that torch.utils.checkpoint checkpoints outside of it, whose "
+                "recomputation would move the state again and use another weight; convert with "
+                "update='step', whose forwards move nothing, or compile the network around the "
+                "region"
+            )
+        frame = frame.f_back
+
+
+# What `torch.compiler.assume_constant_result` does: it runs once, while the compiler looks.
+refuse_in_region._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _keep(regions: _Regions, state: object, v: Tensor) -> None:
     for region in regions.running:
         vectors: dict[int, _Vectors] = region.__dict__.setdefault(_ATTRIBUTE, {})

@@ -174,3 +174,82 @@ def test_training_under_a_transform_with_buffers_passed_in() -> None:
     expected = torch.autograd.grad(model(X.double()).square().sum(), list(parameters.values()))
     for value, right in zip(found.values(), expected, strict=True):
         torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("num_svs", [2, 8])
+def test_large_weights_are_compiled_and_exported_whole(num_svs: int) -> None:
+    """Eagerly their products are parted among threads, which a graph cannot count."""
+    torch._dynamo.reset()
+    eager = snparam.convert_model(nn.Linear(512, 1024), num_svs, init="random")
+    assert eager.weight.numel() >= snparam.linalg._WORTH_PARTING
+    x = torch.linspace(0, 9, 2 * 512).sin().view(2, 512)
+    compiled = copy.deepcopy(eager)
+    exported = torch.export.export(copy.deepcopy(eager), (x,)).module()
+    outputs = [
+        run(x)
+        for run in (eager, torch.compile(compiled, fullgraph=True, backend="eager"), exported)
+    ]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-5)
+    for a, b in zip(eager.buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def checkpointed(model: nn.Module, update: str, reentrant: bool, compiled: str) -> nn.Module:
+    """A region around the last two layers; compiled in it, around it, or not at all."""
+    snparam.convert_model(model, update=update, init="random")  # type: ignore[arg-type]
+    inner = nn.Sequential(model.b, nn.Tanh(), model.c)
+    if compiled == "inside":
+        inner.compile(backend="aot_eager")
+
+    def forward(x: Tensor) -> Tensor:
+        hidden = model.a(x).flatten(1)
+        if compiled == "not":
+            out: Tensor = inner(hidden)
+        else:
+            out = torch.utils.checkpoint.checkpoint(inner, hidden, use_reentrant=reentrant)
+        return out
+
+    model.forward = forward  # type: ignore[method-assign]
+    if compiled == "around":
+        model.compile(backend="aot_eager")
+    return model
+
+
+# torch's, of what it looks at to compile a module that is given no leaf.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    ("update", "compiled"), [("step", "inside"), ("step", "around"), ("forward", "around")]
+)
+def test_checkpointing_and_compiling_equal_neither(
+    update: str, compiled: str, reentrant: bool
+) -> None:
+    torch._dynamo.reset()
+    networks = []
+    for way in ("not", compiled):
+        torch.manual_seed(1)
+        networks.append(checkpointed(Network().double(), update, reentrant, way))
+    for network in networks:
+        for _ in range(2):
+            (network(X.double()).square().sum() - network(-2 * X.double()).sum()).backward()
+    for p, q in zip(*(n.parameters() for n in networks), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+    for p, q in zip(*(n.buffers() for n in networks), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+# torch's, of what it looks at to compile a module that is given no leaf.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_compiling_inside_a_region_is_refused_where_it_would_move_the_state_twice(
+    reentrant: bool,
+) -> None:
+    torch._dynamo.reset()
+    model = checkpointed(Network(), "forward", reentrant, "inside")
+    before = [b.clone() for b in (*model.b.buffers(), *model.c.buffers())]
+    with pytest.raises(RuntimeError, match=r"'b\.weight' \(8, 36\).*checkpoint.*update='step'"):
+        model(X)
+    for b, start in zip((*model.b.buffers(), *model.c.buffers()), before, strict=True):
+        assert torch.equal(b, start)
+    model.eval()(X).sum().backward()  # which moves nothing
