@@ -68,6 +68,8 @@ class Forwards:
         if reading is None:
             around = self._read_around(forward)
             if _has(forward.module, state):
+                if around is None:
+                    around = self._handed_on()
                 if around is not None and not around.taken:
                     # What a module around has read before this call is the weight of this forward.
                     around.taken = True
@@ -80,6 +82,14 @@ class Forwards:
                 reading = Reading() if around is None or around.taken else around
             forward.readings[self] = reading
         return reading
+
+    def _handed_on(self) -> Reading | None:
+        """What a compiled forward has read that calls the layer where no compiler looks."""
+        if not self._traced:
+            return None
+        around, handed_on = self._traced[-1]
+        self._traced[-1] = (around, True)
+        return None if handed_on else around
 
     def moved(self, v: Tensor) -> None:
         """Note that a read moves the state, and the vectors it uses."""

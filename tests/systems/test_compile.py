@@ -195,6 +195,12 @@ def test_large_weights_are_compiled_and_exported_whole(num_svs: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+# torch's, where it compiles what is given a tensor that is no leaf.
+NO_LEAF = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
+
+
 def checkpointed(model: nn.Module, update: str, reentrant: bool, compiled: str) -> nn.Module:
     """A region around the last two layers; compiled in it, around it, or not at all."""
     snparam.convert_model(model, update=update, init="random")  # type: ignore[arg-type]
@@ -216,8 +222,7 @@ def checkpointed(model: nn.Module, update: str, reentrant: bool, compiled: str) 
     return model
 
 
-# torch's, of what it looks at to compile a module that is given no leaf.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@NO_LEAF
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize(
     ("update", "compiled"), [("step", "inside"), ("step", "around"), ("forward", "around")]
@@ -239,8 +244,7 @@ def test_checkpointing_and_compiling_equal_neither(
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-# torch's, of what it looks at to compile a module that is given no leaf.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@NO_LEAF
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_compiling_inside_a_region_is_refused_where_it_would_move_the_state_twice(
     reentrant: bool,
@@ -253,3 +257,79 @@ def test_compiling_inside_a_region_is_refused_where_it_would_move_the_state_twic
     for b, start in zip((*model.b.buffers(), *model.c.buffers()), before, strict=True):
         assert torch.equal(b, start)
     model.eval()(X).sum().backward()  # which moves nothing
+
+
+class HandsOn(nn.Module):
+    """Reads a child's weight and calls the child where the compiler does not look."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.child = nn.Linear(6, 6, dtype=torch.float64)
+        self.order = order
+
+    @torch.compiler.disable
+    def call(self, x: Tensor) -> Tensor:
+        out: Tensor = self.child(x)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.order:
+            x = x @ self.child.weight if step == "r" else self.call(x)
+        return x
+
+
+@NO_LEAF
+@pytest.mark.parametrize("order", ["rc", "cr", "rrc", "rcc", "rcrc"])
+def test_a_compiled_module_and_what_it_calls_uncompiled_are_one_forward(order: str) -> None:
+    torch._dynamo.reset()
+    eager = snparam.convert_model(HandsOn(order), init="random", num_itrs=2)
+    compiled = copy.deepcopy(eager)
+    run = torch.compile(compiled, backend="aot_eager")
+    x = torch.ones(2, 6, dtype=torch.float64)
+    for _ in range(2):
+        for model in (eager, run):
+            model(x).square().sum().backward()
+    assert_same(eager, compiled)
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(6)])
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@NO_LEAF
+@pytest.mark.parametrize("limit", [8, 64])
+def test_blocks_compiled_one_by_one_equal_eager_ones(limit: int) -> None:
+    """Each is compiled for itself, and runs eagerly where torch limits how many there may be."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager = snparam.convert_model(Blocks(), init="random")
+    compiled = copy.deepcopy(eager)
+    x = torch.ones(2, 4, dtype=torch.float64)
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        for block in compiled.blocks:
+            block.compile(backend="aot_eager")
+        for training in (True, False, True):
+            for model in (eager, compiled):
+                model.train(training)(x).square().sum().backward()
+    assert_same(eager, compiled)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 12 if limit > 12 else graphs < 12
+
+
+def assert_same(eager: nn.Module, compiled: nn.Module) -> None:
+    for (name, p), q in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(
+            p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: n + m
+        )
+    for a, b in zip(eager.buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
