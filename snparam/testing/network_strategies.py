@@ -55,22 +55,27 @@ def _networks(
         return made_layer(draw, kind, arguments, dtype, spectra)
 
     family = draw(st.sampled_from((_on_vectors, _on_images, _on_sequences)))
-    inner = draw(st.integers(1, max_layers - 1))
-    return Network(family(draw, made, sizes, inner))
+    return Network(family(draw, made, sizes, max_layers - 1))
 
 
-# Networks: `made(type, **arguments)` makes a layer, `inner` is how many come before the last
+# Networks: `made(type, **arguments)` makes a layer, at most `most` come before the last. What is
+# drawn later depends on earlier draws as little as can be, for examples shrink by taking draws out:
+# those of one layer, with the one that asks for more.
+
+
+def _more(draw: Draw) -> bool:
+    return bool(draw(st.integers(0, 3)))
 
 
 def _on_vectors(
-    draw: Draw, made: Callable[..., nn.Module], sizes: st.SearchStrategy[int], inner: int
+    draw: Draw, made: Callable[..., nn.Module], sizes: st.SearchStrategy[int], most: int
 ) -> list[nn.Module]:
     width = draw(sizes)
     chain: list[nn.Module] = []
     if draw(st.booleans()):
         chain.append(made(nn.EmbeddingBag, num_embeddings=draw(sizes), embedding_dim=width))
     cells = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
-    while len(chain) < inner:
+    while not chain or (_more(draw) and len(chain) < most):
         kind = draw(st.sampled_from((nn.Linear, nn.Bilinear, *cells, "again")))
         if kind == "again":
             again = chain[-1:] if _keeps_width(chain) else []
@@ -93,7 +98,7 @@ def _keeps_width(chain: list[nn.Module]) -> bool:
 
 
 def _on_images(
-    draw: Draw, made: Callable[..., nn.Module], sizes: st.SearchStrategy[int], inner: int
+    draw: Draw, made: Callable[..., nn.Module], sizes: st.SearchStrategy[int], most: int
 ) -> list[nn.Module]:
     kinds = draw(
         st.sampled_from(
@@ -106,7 +111,7 @@ def _on_images(
     )
     channels = draw(sizes)
     chain: list[nn.Module] = []
-    for _ in range(inner):
+    while not chain or (_more(draw) and len(chain) < most):
         groups = draw(st.sampled_from([g for g in (1, 2, 3) if channels % g == 0]))
         after = groups * -(-draw(sizes) // groups)
         kind = draw(st.sampled_from(kinds))
@@ -129,14 +134,17 @@ def _on_images(
     return [*chain, made(nn.Linear, in_features=channels, out_features=draw(sizes))]
 
 
+# With what ends the sequence. One draw for both: Hypothesis takes out at most five at once.
+_ON_SEQUENCES = (None, None, nn.Linear, nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU)
+
+
 def _on_sequences(
-    draw: Draw, made: Callable[..., nn.Module], sizes: st.SearchStrategy[int], inner: int
+    draw: Draw, made: Callable[..., nn.Module], sizes: st.SearchStrategy[int], most: int
 ) -> list[nn.Module]:
-    width, vocabulary = draw(sizes), draw(sizes)
+    width, vocabulary, tied = draw(sizes), draw(sizes), draw(st.booleans())
     embedding = made(nn.Embedding, num_embeddings=vocabulary, embedding_dim=width)
     chain = [embedding]
-    for _ in range(inner - 1):
-        kind = draw(st.sampled_from((nn.Linear, nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU)))
+    while (kind := draw(st.sampled_from(_ON_SEQUENCES))) is not None and len(chain) < most:
         if kind is nn.MultiheadAttention:
             chain.append(made(kind, embed_dim=width, num_heads=1, batch_first=True))
             continue
@@ -153,6 +161,6 @@ def _on_sequences(
             )
             width = 2 * after if both else after
     head = made(nn.Linear, in_features=width, out_features=vocabulary)
-    if head.weight.shape == embedding.weight.shape and draw(st.booleans()):
+    if tied and head.weight.shape == embedding.weight.shape:
         head.weight = embedding.weight
     return [*chain, head]
