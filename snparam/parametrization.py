@@ -183,8 +183,9 @@ class SpectralNorm(nn.Module):
         if self.settings.gain is not None:
             sigma = self.estimate(weight)
             sigma = torch.where(sigma == 0, 1.0, sigma)
-            # Of the weight's dtype, as wrappers that flatten parameters ask for.
-            self.gain.data = sigma.to(linalg.real_dtype(weight.dtype))
+            # Of the weight's dtype, as wrappers that flatten parameters ask for, if σ fits into it.
+            rounded = sigma.to(linalg.real_dtype(weight.dtype))
+            self.gain.data = rounded if rounded.isfinite().all() else sigma
             self.gain.requires_grad_(isinstance(self.gain, nn.Parameter) and weight.requires_grad)
 
     @torch.no_grad()

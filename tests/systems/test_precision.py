@@ -77,6 +77,43 @@ def test_half_precision_never_overflows(scale: float) -> None:
     assert all(b.isfinite().all() for b in model.buffers())
 
 
+@pytest.mark.parametrize("options", [{}, {"num_svs": 2}, {"update": "step"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_weights_are_used_with_a_norm_of_one_under_autocast_and_after_a_cast(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    model = network()
+    with torch.no_grad():
+        for layer in (model[0], model[2], model[4]):
+            layer.weight.uniform_(-1e4, 1e4)
+    snparam.convert_model(model, **options)
+    with torch.autocast("cpu", dtype):
+        output = model(X)
+        used = norms(model)
+    output.float().square().mean().backward()
+    assert output.dtype == dtype
+    assert output.isfinite().all()
+    assert used == pytest.approx([1.0] * 3, abs=0.01)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.to(dtype)
+    assert norms(model) == pytest.approx([1.0] * 3, abs=0.01)
+    model(X.to(dtype)).float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(b.isfinite().all() for b in model.buffers())
+
+
+def test_a_gain_that_half_precision_cannot_hold_is_kept_wider() -> None:
+    layer = nn.Linear(64, 48).half()
+    with torch.no_grad():
+        layer.weight.uniform_(-1e4, 1e4)
+    before = layer.weight.detach().clone()
+    snparam.register_sn(layer, gain="learned")
+    assert layer.parametrizations.weight[0].gain.item() > torch.finfo(torch.float16).max
+    torch.testing.assert_close(layer.weight, before, rtol=2e-3, atol=0)
+    layer.weight.float().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
 @pytest.mark.parametrize("use_buffers", [True, False])
 @pytest.mark.parametrize("update", ["forward", "step"])
 def test_averaged_weights_are_normalised_in_eval(use_buffers: bool, update: Any) -> None:
