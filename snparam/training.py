@@ -90,7 +90,8 @@ def update_after_step(optimizer: Optimizer, model: nn.Module) -> RemovableHandle
     """Call `update(model)` after every step of an optimizer, from now on.
 
     Args:
-        optimizer: the one that trains the model, whatever else it trains.
+        optimizer: the one that trains the model, whatever else it trains, or what wraps it and
+            has it as `optimizer`, as accelerate's does.
         model: a network converted with `update="step"`.
 
     Returns:
@@ -100,7 +101,10 @@ def update_after_step(optimizer: Optimizer, model: nn.Module) -> RemovableHandle
         ValueError: if the model has no weight registered with `update="step"`, or the optimizer
             trains none of those weights.
     """
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    stepping: Any = optimizer
+    while "_optimizer_step_post_hooks" not in vars(stepping) and hasattr(stepping, "optimizer"):
+        stepping = stepping.optimizer  # of a wrapper that calls no hooks itself
+    trained = {id(parameter) for group in stepping.param_groups for parameter in group["params"]}
     if not any(id(weight) in trained for _, weight in _stepwise(model)):
         raise ValueError(
             f"update_after_step: the {type(optimizer).__name__} trains no weight of "
@@ -111,7 +115,8 @@ def update_after_step(optimizer: Optimizer, model: nn.Module) -> RemovableHandle
     def after_step(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         update(model)
 
-    return optimizer.register_step_post_hook(after_step)
+    handle: RemovableHandle = stepping.register_step_post_hook(after_step)
+    return handle
 
 
 def parameter_groups(model: nn.Module, **for_gains: Any) -> list[dict[str, Any]]:

@@ -211,3 +211,32 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
     model = snparam.convert_model(Network(), update="step")
     with pytest.raises(ValueError, match=r"SGD trains no weight of Network"):
         snparam.update_after_step(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), model)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Around an optimizer, as accelerate's: without what the base class would initialise."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+def test_an_optimizer_that_is_wrapped_updates_after_its_steps():
+    torch.manual_seed(0)
+    model = snparam.register_sn(torch.nn.Linear(4, 5), update="step", init="random")
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    wrapped = Wrapper(Wrapper(inner))
+    handle = snparam.update_after_step(wrapped, model)
+    norm = model.parametrizations.weight[0]
+    for moves in (True, False):
+        u = norm.u.clone()
+        model(torch.ones(2, 4)).square().sum().backward()
+        wrapped.step()
+        assert torch.equal(norm.u, u) != moves
+        handle.remove()
