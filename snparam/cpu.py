@@ -313,7 +313,7 @@ class _Divide(torch.autograd.Function):
             and _C._has_storage(grad)
             # An expanded one has several entries in one place.
             and (grad.stride() == ctx.of.strides or grad.is_contiguous())
-            and _holders(grad) in _ALONE
+            and _holders(grad, sys.getrefcount(grad)) in _ALONE
             # Memory that is not torch's own, such as numpy's, has an owner who is not counted.
             and grad.untyped_storage().resizable()
         )
@@ -370,10 +370,16 @@ _COUNTS_HOLDERS = hasattr(Tensor, "_use_count") and all(
 )
 
 
-def _holders(grad: Any) -> tuple[int, ...]:
-    """How often a gradient, its memory, and the tensor it is a view of, are referred to."""
+def _holders(grad: Any, references: int) -> tuple[int, ...]:
+    """How often a gradient, its memory, and the tensor it is a view of, are referred to.
+
+    Args:
+        grad: the gradient.
+        references: to the Python object, counted by the caller: how many a call adds depends on who
+            runs the interpreter's frames, such as torch's compiler.
+    """
     storage, base = _C._storage_address(grad), grad._base
-    counts = (sys.getrefcount(grad), grad._use_count(), _C._storage_Use_Count(storage))
+    counts = (references, grad._use_count(), _C._storage_Use_Count(storage))
     return counts if base is None else (*counts, sys.getrefcount(base), base._use_count())
 
 
@@ -387,7 +393,7 @@ class _Probe(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, grad: Tensor) -> Tensor:
         with without_autocast(grad):
-            _ALONE.add(_holders(grad))
+            _ALONE.add(_holders(grad, sys.getrefcount(grad)))
         return grad.clone()
 
 

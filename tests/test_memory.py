@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch._dynamo as dynamo
 from holder import norm_of, original_of
 from torch import nn
 
@@ -332,6 +333,31 @@ def test_a_large_gradient_that_nobody_else_holds_is_overwritten(layer):
     used.register_hook(lambda grad: arrived.append(grad.data_ptr()))
     matmul(used).backward()
     assert arrived == [original_of(layer).grad.data_ptr()]
+
+
+RUNNERS = {"the interpreter": lambda run: run(), "torch's compiler": lambda run: dynamo.run(run)()}
+
+
+@pytest.mark.parametrize("first", RUNNERS)
+@pytest.mark.parametrize("then", RUNNERS)
+def test_holders_are_counted_alike_whoever_runs_the_frames(layer, monkeypatch, first, then):
+    """The compiler goes on with it when something has failed in it, and a call counts one more."""
+    monkeypatch.setattr(cpu, "_ALONE", set())
+    kept = []
+
+    def overwritten(keep=False):
+        arrived = []
+        used = layer.weight
+        used.register_hook(lambda grad: arrived.append(grad.data_ptr()))
+        if keep:
+            used.register_hook(kept.append)
+        original_of(layer).grad = None
+        matmul(used).backward()
+        return arrived == [original_of(layer).grad.data_ptr()]
+
+    assert RUNNERS[first](overwritten)
+    assert RUNNERS[then](overwritten)
+    assert not RUNNERS[then](lambda: overwritten(keep=True))
 
 
 # The weight in use
