@@ -51,7 +51,7 @@ def test_the_two_commands_are_on_the_first_screen():
         for command in commands(line)
     ]
     assert ["python", "-m", "snparam", "demo"] in shown
-    assert ["pytest"] in shown
+    assert ["pytest", "-n", "2"] in shown
     assert "snparam.convert_model(model)" in first_screen
 
 
