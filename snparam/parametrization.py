@@ -212,11 +212,11 @@ class SpectralNorm(nn.Module):
 
     def begin_update(self, weight: Tensor, found: Estimate | None = None) -> None:
         """Note that the buffers are about to be what was found for the weight as it is now."""
-        self.weight_id = id(weight)
-        self._order = self.view.order_for(weight)
+        order = self.view.order_for(weight)
+        # Past nn.Module, which takes as long for each as a small layer's update.
+        self.__dict__.update(weight_id=id(weight), _order=order, _behind=False)
         self.derived.current = found
         self.derived.forget_update()
-        self._behind = False
 
     def is_one_number(self, weight: Tensor) -> bool:
         """Whether there is one σ, which can be read at no cost."""

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from . import linalg
 from .division import without_autocast
 from .parametrization import SpectralNorm
-from .scopes import without_scopes
+from .scopes import norms_of, without_scopes
 from .sharded import ShardedStack, is_sharded, steps_together
 from .spectrum import norms_in
 from .stacks import Estimate, stack_of
@@ -25,6 +25,10 @@ from .stacks import Estimate, stack_of
 # a step on a CPU, and a launch on an accelerator, cost as much as this many entries copied.
 _STACKED_ENTRIES = {"cpu": 1 << 14}
 _ELSEWHERE = 1 << 21
+
+# On a CPU, fewer than this many are sooner updated one by one: a stack of two 64x64 takes as long
+# as four of them, a stack of eight as long as eight.
+_WORTH_STACKING = 8
 
 
 @contextmanager
@@ -153,11 +157,11 @@ def parameter_groups(model: nn.Module, **for_gains: Any) -> list[dict[str, Any]]
 def _stepwise(model: nn.Module) -> list[tuple[SpectralNorm, Tensor]]:
     """The different states with `update="step"`, and the Parameter behind each."""
     found = {}
-    for name, norm in norms_in(model):
-        if norm.settings.update == "step":
-            owner, _, tensor = name.rpartition(".")
-            lists: Any = model.get_submodule(owner).parametrizations
-            found[id(norm)] = (norm, lists[tensor].original)
+    for module in model.modules():
+        for tensor, norm in norms_of(module):
+            if norm.settings.update == "step":
+                lists: Any = module._modules["parametrizations"]
+                found[id(norm)] = (norm, lists[tensor].original)
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no weight registered with update='step'; "
@@ -182,9 +186,10 @@ def _update_together(group: list[tuple[SpectralNorm, Tensor]]) -> None:
     """One update for states that are alike as `_company` tells."""
     norm, weight = group[0]
     settings = norm.settings
-    if len(group) == 1 and norm.is_one_number(weight):
+    if len(group) < _WORTH_STACKING and all(n.is_one_number(w) for n, w in group):
         with without_autocast(weight):
-            norm.update_by_numbers(weight)
+            for norm, weight in group:
+                norm.update_by_numbers(weight)
         return
     stacks = [stack_of(weight.detach(), norm.view) for norm, weight in group]
     us = [norm.u.to(stack.dtype) for (norm, _), stack in zip(group, stacks, strict=True)]

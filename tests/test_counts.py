@@ -268,6 +268,6 @@ def test_kernels_of_an_update_do_not_grow_with_the_layers_of_one_shape() -> None
 def test_update_takes_one_batched_step_for_layers_of_one_shape(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(5)], nn.Linear(6, 3))
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(8)], nn.Linear(6, 3))
     snparam.convert_model(model, update="step")
     assert steps_counted(monkeypatch, lambda: snparam.update(model)) == 2
