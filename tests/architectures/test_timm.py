@@ -14,6 +14,8 @@ import timm
 from timm import models
 from timm.layers import GatedMlp
 
+import snparam
+
 from .contract import Architecture, check
 
 
@@ -333,6 +335,14 @@ def test_every_family_is_here() -> None:
     assert set(FAMILIES) == set(timm.list_modules())
 
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LSTM)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_contract(family: str) -> None:
-    check(FAMILIES[family].architecture(family))
+    architecture = FAMILIES[family].architecture(family)
+    check(architecture)
+    for row in snparam.plan_conversion(architecture.make(0), progress=False):
+        is_layers = isinstance(row.site.owner, LAYERS) and row.tensor.startswith("weight")
+        if is_layers and row.decision != "convert":
+            assert "standardises the weight anew" in row.reason, row
