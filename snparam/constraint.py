@@ -50,3 +50,9 @@ class Constraint:
             norm = torch.full_like(sigma, self.coeff)
             norm = torch.minimum(sigma, norm) if self.soft else norm
         return torch.where(sigma == 0, 0.0, norm)
+
+
+def gain_in(dtype: torch.dtype, gain: Tensor) -> Tensor:
+    """γ (b,) in a dtype, or as it is where that does not reach so far."""
+    rounded = gain.to(dtype)
+    return rounded if rounded.isfinite().all() else gain

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import convergence, cpu, linalg
-from .constraint import Constraint
+from .constraint import Constraint, gain_in
 from .derived import Derived
 from .division import Division, divide, filled, without_autocast
 from .forwards import Forwards, Reading
@@ -95,7 +95,11 @@ class SpectralNorm(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> SpectralNorm:
         """What `.to()` and its like do."""
         self.derived.forget()
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]
+        gain = None if self.settings.gain is None else self.gain.detach()
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if gain is not None and gain.dtype != self.gain.dtype and not self.gain.is_meta:
+            self.gain.data = gain_in(self.gain.dtype, gain.to(self.gain.device))
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy the state, not what belongs to a running forward."""
@@ -182,10 +186,8 @@ class SpectralNorm(nn.Module):
         """Set γ to σ as the next forward will find it, so that γ W / σ is W; to 1 where σ is 0."""
         if self.settings.gain is not None:
             sigma = self.estimate(weight)
-            sigma = torch.where(sigma == 0, 1.0, sigma)
             # Of the weight's dtype, as wrappers that flatten parameters ask for, if σ fits into it.
-            rounded = sigma.to(linalg.real_dtype(weight.dtype))
-            self.gain.data = rounded if rounded.isfinite().all() else sigma
+            self.gain.data = gain_in(linalg.real_dtype(weight.dtype), sigma.where(sigma != 0, 1.0))
             self.gain.requires_grad_(isinstance(self.gain, nn.Parameter) and weight.requires_grad)
 
     @torch.no_grad()
@@ -212,8 +214,8 @@ class SpectralNorm(nn.Module):
 
     def begin_update(self, weight: Tensor, found: Estimate | None = None) -> None:
         """Note that the buffers are about to be what was found for the weight as it is now."""
-        order = self.view.order_for(weight)
         # Past nn.Module, which takes as long for each as a small layer's update.
+        order = self.view.order_for(weight)
         self.__dict__.update(weight_id=id(weight), _order=order, _behind=False)
         self.derived.current = found
         self.derived.forget_update()
@@ -412,8 +414,5 @@ class SpectralNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Options and shape, for printing."""
-        blocks, rows, columns = self.view.matrices
-        return (
-            f"num_svs={self.u.shape[1]}, num_itrs={self.settings.num_itrs}, "
-            f"matrices=({blocks}, {rows}, {columns})"
-        )
+        counts = f"num_svs={self.u.shape[1]}, num_itrs={self.settings.num_itrs}"
+        return f"{counts}, matrices={tuple(self.view.matrices)}"

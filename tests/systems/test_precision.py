@@ -102,12 +102,16 @@ def test_large_weights_are_used_with_a_norm_of_one_under_autocast_and_after_a_ca
     assert all(b.isfinite().all() for b in model.buffers())
 
 
-def test_a_gain_that_half_precision_cannot_hold_is_kept_wider() -> None:
-    layer = nn.Linear(64, 48).half()
+@pytest.mark.parametrize("first", ["cast", "register"])
+@pytest.mark.parametrize("gain", ["learned", "fixed"])
+def test_a_gain_that_half_precision_cannot_hold_is_kept_wider(first: str, gain: Any) -> None:
+    layer = nn.Linear(64, 48)
     with torch.no_grad():
         layer.weight.uniform_(-1e4, 1e4)
-    before = layer.weight.detach().clone()
-    snparam.register_sn(layer, gain="learned")
+    before = layer.weight.detach().half()
+    if first == "cast":
+        layer.half()
+    snparam.register_sn(layer, gain=gain).half()
     assert layer.parametrizations.weight[0].gain.item() > torch.finfo(torch.float16).max
     torch.testing.assert_close(layer.weight, before, rtol=2e-3, atol=0)
     layer.weight.float().mean().backward()
