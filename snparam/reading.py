@@ -77,16 +77,20 @@ def torch_sigma(weight: Tensor, axis: int, u: Tensor | None, v: Tensor | None) -
     Without v, that of one step from u, ‖W Wᴴu‖ / ‖Wᴴu‖. 1 where that is zero, NaN or inf, so that
     what is divided by it stays what it is.
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    matrix = weight.detach().movedim(axis, 0).flatten(1).to(dtype)
-    left, right = (None if x is None else x.detach().to(matrix) for x in (u, v))
-    if right is None:
-        assert left is not None
-        right = left.conj() @ matrix
-        right = right.conj() / torch.linalg.vector_norm(right)
-        left = None
-    image = matrix @ right
-    sigma = torch.linalg.vector_norm(image) if left is None else torch.vdot(left, image).real
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    matrix = weight.detach().movedim(axis, 0).flatten(1)
+    if v is None:
+        assert u is not None
+        matrix = matrix.to(wide)
+        right = (u.detach().to(matrix).conj() @ matrix).conj()
+        image = matrix @ (right / torch.linalg.vector_norm(right))
+        sigma = torch.linalg.vector_norm(image)
+    elif u is None:
+        sigma = torch.linalg.vector_norm(matrix.to(wide) @ v.detach().to(matrix).to(wide))
+    else:
+        # As torch does, in the weight's dtype: before it has converged little may be left of σ.
+        sigma = torch.vdot(u.detach().to(matrix), torch.mv(matrix, v.detach().to(matrix)))
+        sigma = sigma.real.to(linalg.real_dtype(wide))
     return torch.where(sigma.isfinite() & (sigma != 0), sigma, 1.0)
 
 

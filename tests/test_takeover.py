@@ -188,7 +188,9 @@ def test_a_gain_keeps_the_function_that_was_normalised(kind, forwards, layer, op
     before = model.eval()(inputs)
     snparam.convert_model(model, gain="learned", progress=False, **options)
     close = 2e-2 if layer.weight.dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(model.eval()(inputs), before, rtol=close, atol=close)
+    # Of the largest output: before torch's σ has converged, weights and outputs are of any size.
+    size = float(before.detach().abs().max())
+    torch.testing.assert_close(model.eval()(inputs), before, rtol=close, atol=close * size)
     if forwards == 300 and not options and isinstance(layer, nn.Linear):
         assert norm_of(model).gain.item() == pytest.approx(1, rel=close)
 
