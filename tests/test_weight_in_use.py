@@ -223,3 +223,11 @@ def test_the_weight_in_use_lies_as_the_weight_does(memory):
 def test_the_class_is_public_and_documented():
     assert isinstance(norm_of(held(torch.ones(2, 2))), SpectralNorm)
     assert isinstance(held(torch.ones(2, 2)), Holder)
+
+
+def test_a_sparse_gradient_of_the_weight_in_use_is_refused_as_the_documentation_says():
+    layer = snparam.register_sn(nn.Embedding(6, 3))
+    output = F.embedding(torch.tensor([1, 2]), layer.weight, sparse=True)
+    with pytest.raises(RuntimeError, match="sparse"):
+        output.sum().backward()
+    assert original_of(layer).grad is None
