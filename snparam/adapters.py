@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from .frames import outward
 from .scopes import norms_of
 
 _ASKED = "base_layer"
@@ -61,11 +62,12 @@ def _asked(self: nn.Module) -> Any:
     return nn.Module.__getattr__(self, _ASKED)
 
 
-def _writing(frame: FrameType | None) -> str | None:
+def _writing(frame: FrameType) -> str | None:
     """The method of peft on whose way a wrapper asks, if it is one that writes."""
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("peft."):
-        method = frame.f_code.co_name
+    for asking in outward(frame):
+        if not asking.f_globals.get("__name__", "").startswith("peft."):
+            return None
+        method = asking.f_code.co_name
         if method != "get_base_layer":
             return method if method in _INSTEAD else None
-        frame = frame.f_back
     return None

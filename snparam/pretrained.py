@@ -9,13 +9,13 @@ imported; a method of that name is all that is looked for.
 from __future__ import annotations
 
 import sys
-from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from .baking import check_alone, check_shared
+from .frames import outward
 from .parametrization import SpectralNorm
 from .scopes import norms_of
 
@@ -84,12 +84,10 @@ def _respell(owner: nn.Module, state_dict: dict[str, Any], prefix: str, _metadat
 
 def _being_saved() -> tuple[nn.Module | None, str]:
     """The model that is being saved, and the function that does it, the innermost of several."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
+    for frame in outward(sys._getframe(2)):
         code = frame.f_code
         if code.co_argcount and (code.co_name == METHOD or code.co_name in _OF_ADAPTERS):
             model = frame.f_locals.get(code.co_varnames[0])
             if isinstance(model, nn.Module):
                 return model, code.co_name
-        frame = frame.f_back
     return None, ""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import linalg
 from .sharded import ShardedStack, is_sharded
+from .stacks import compute_dtype
 from .views import View
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -77,20 +78,20 @@ def torch_sigma(weight: Tensor, axis: int, u: Tensor | None, v: Tensor | None) -
     Without v, that of one step from u, ‖W Wᴴu‖ / ‖Wᴴu‖. 1 where that is zero, NaN or inf, so that
     what is divided by it stays what it is.
     """
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    dtype = compute_dtype(weight.dtype)
     matrix = weight.detach().movedim(axis, 0).flatten(1)
-    if v is None:
-        assert u is not None
-        matrix = matrix.to(wide)
-        right = (u.detach().to(matrix).conj() @ matrix).conj()
-        image = matrix @ (right / torch.linalg.vector_norm(right))
-        sigma = torch.linalg.vector_norm(image)
-    elif u is None:
-        sigma = torch.linalg.vector_norm(matrix.to(wide) @ v.detach().to(matrix).to(wide))
-    else:
+    if u is not None and v is not None:
         # As torch does, in the weight's dtype: before it has converged little may be left of σ.
-        sigma = torch.vdot(u.detach().to(matrix), torch.mv(matrix, v.detach().to(matrix)))
-        sigma = sigma.real.to(linalg.real_dtype(wide))
+        sigma = torch.vdot(u.detach().to(matrix), torch.mv(matrix, v.detach().to(matrix))).real
+    else:
+        matrix = matrix.to(dtype)
+        right = v
+        if right is None:
+            assert u is not None
+            right = (u.detach().to(matrix).conj() @ matrix).conj()
+            right = right / torch.linalg.vector_norm(right)
+        sigma = torch.linalg.vector_norm(matrix @ right.detach().to(matrix))
+    sigma = sigma.to(linalg.real_dtype(dtype))
     return torch.where(sigma.isfinite() & (sigma != 0), sigma, 1.0)
 
 
@@ -110,7 +111,7 @@ def torch_vectors(weight: Tensor, view: View, axis: int, u: Tensor) -> tuple[Ten
     kind = relation(view, axis)
     if kind is None:
         return None
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = compute_dtype(weight.dtype)
     # The columns in torch's order, whatever the weight's memory format.
     weight = weight.detach().contiguous()
     stack: Tensor | ShardedStack

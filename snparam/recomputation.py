@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .frames import outward
+
 _ATTRIBUTE = "_snparam_vectors"
 
 # The modes by which selective checkpointing saves some operations and replays them.
@@ -126,17 +128,13 @@ def refuse_in_region(name: str, shape: tuple[int, ...]) -> None:
     Raises:
         RuntimeError: if what is being compiled was called in a region that runs outside of it.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if _region_of(frame) is not None:
-            raise RuntimeError(
-                f"SpectralNorm on {name} {shape}: a module that torch.compile compiles is called "
-                "in a region that torch.utils.checkpoint checkpoints outside of it, whose "
-                "recomputation would move the state again and use another weight; convert with "
-                "update='step', whose forwards move nothing, or compile the network around the "
-                "region"
-            )
-        frame = frame.f_back
+    if any(_region_of(frame) is not None for frame in outward(sys._getframe(1))):
+        raise RuntimeError(
+            f"SpectralNorm on {name} {shape}: a module that torch.compile compiles is called in a "
+            "region that torch.utils.checkpoint checkpoints outside of it, whose recomputation "
+            "would move the state again and use another weight; convert with update='step', whose "
+            "forwards move nothing, or compile the network around the region"
+        )
 
 
 # What `torch.compiler.assume_constant_result` does: it runs once, while the compiler looks.
@@ -157,14 +155,12 @@ def _regions() -> _Regions:
     if hook is None and torch.is_grad_enabled() and not in_backward():
         return _NO_REGIONS
     running: list[Any] = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in outward(sys._getframe(1)):
         region = _region_of(frame)
         if region is not None:
             if frame.f_code.co_name in ("backward", "unpack_hook"):
                 return _Regions(running, region)
             running.append(region)
-        frame = frame.f_back
     region = _of_hook(hook)
     if region is not None and all(region is not other for other in running):
         running.append(region)

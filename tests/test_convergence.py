@@ -5,26 +5,11 @@ import torch
 from holder import exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import FLOATS, gram, matrices
 
 from snparam import convergence
 from snparam.testing import weights
 from snparam.testing.tensors import DTYPES, SPECTRA, weight_with
-
-FLOATS = (torch.float32, torch.float64)
-WIDE = (*FLOATS, torch.complex64, torch.complex128)
-
-
-def matrices(**options):
-    """Stacks of one matrix."""
-    return weights(**{"dtypes": WIDE, **options}).map(lambda w: w.flatten(1).unsqueeze(0))
-
-
-def rounding(x):
-    return 64 * torch.finfo(x.dtype).eps
-
-
-def gram(rows):
-    return rows @ rows.mH
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -41,7 +41,7 @@ LAYERS = [
     ["sharded"],
     ["convergence"],
     ["linalg", "rows"],
-    ["views", "tables", "undoing"],
+    ["views", "tables", "undoing", "frames"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 EXTRAS = {"plotting", "demo", "cli", "testing"}

@@ -5,28 +5,11 @@ import torch
 from holder import exact
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from matrices import FLOATS, WIDE, gram, matrices, rounding
 from reference import normalize, without_projections
 
 from snparam import linalg
-from snparam.testing import weights
 from snparam.testing.tensors import weight_with
-
-FLOATS = (torch.float32, torch.float64)
-WIDE = (*FLOATS, torch.complex64, torch.complex128)
-
-
-def matrices(**options):
-    """Stacks of one matrix."""
-    return weights(**{"dtypes": WIDE, **options}).map(lambda w: w.flatten(1).unsqueeze(0))
-
-
-def rounding(x):
-    return 64 * torch.finfo(x.dtype).eps
-
-
-def gram(rows):
-    return rows @ rows.mH
-
 
 # Orthonormal rows
 

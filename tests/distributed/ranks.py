@@ -55,6 +55,22 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     return [found[rank] for rank in range(world)]
 
 
+def assert_same(found: dict[str, Any], right: dict[str, Any], atol: float = 1e-12) -> None:
+    """Whether arrays by name, as they come from a rank, are those that they are to be."""
+    assert found.keys() == right.keys()
+    for name, value in right.items():
+        torch.testing.assert_close(
+            torch.from_numpy(found[name]), torch.from_numpy(value), rtol=1e-9, atol=atol
+        )
+
+
+def assert_bit_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Whether two ranks have the same arrays."""
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert (value == second[name]).all(), name
+
+
 def _run(
     rank: int,
     world: int,

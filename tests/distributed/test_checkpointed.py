@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import snparam
 from snparam import cpu
 
-from .ranks import on_ranks
+from .ranks import assert_bit_equal, assert_same, on_ranks
 
 WIDTH = 192
 OPTIONS: list[dict[str, Any]] = [
@@ -117,9 +117,5 @@ def test_checkpointed_ranks_equal_one_process_without_checkpointing(system: Any)
         train(model)
         expected += [tensors(model)] * 2
     for first, second, right in zip(*on_ranks(2, system), expected, strict=True):
-        assert first.keys() == second.keys() == right.keys()
-        for name, value in right.items():
-            assert (first[name] == second[name]).all()
-            torch.testing.assert_close(
-                torch.from_numpy(first[name]), torch.from_numpy(value), rtol=1e-9, atol=1e-12
-            )
+        assert_bit_equal(first, second)
+        assert_same(first, right)

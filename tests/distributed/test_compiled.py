@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import snparam
 
-from .ranks import on_ranks
+from .ranks import assert_same, on_ranks
 from .test_sharded import PLAN, Network, tensors, train
 
 OPTIONS: list[dict[str, Any]] = [
@@ -79,8 +79,4 @@ def test_sharded_training_equals_one_eager_process(system: Any) -> None:
         expected.append(trained(model, model))
     for results in on_ranks(2, each, system):
         for found, right in zip(results, expected, strict=True):
-            assert found.keys() == right.keys()
-            for name, value in found.items():
-                torch.testing.assert_close(
-                    torch.from_numpy(value), torch.from_numpy(right[name]), rtol=1e-9, atol=1e-11
-                )
+            assert_same(found, right, atol=1e-11)

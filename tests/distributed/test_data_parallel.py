@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import snparam
 
-from .ranks import on_ranks
+from .ranks import assert_bit_equal, assert_same, on_ranks
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -65,11 +65,8 @@ def test_ranks_equal_each_other_to_the_bit_and_a_single_process(broadcast: bool)
     train(single)
     expected = state(single)
     first, second = on_ranks(2, data_parallel, broadcast)
-    for name, value in expected.items():
-        assert (first[name] == second[name]).all()
-        torch.testing.assert_close(
-            torch.from_numpy(first[name]), torch.from_numpy(value), rtol=1e-9, atol=1e-12
-        )
+    assert_bit_equal(first, second)
+    assert_same(first, expected)
 
 
 def compiled(rank: int, fullgraph: bool) -> dict[str, Any]:
@@ -92,12 +89,8 @@ def test_compiled_ranks_equal_each_other_to_the_bit_and_a_single_eager_process()
     train(single)
     expected = state(single)
     for first, second in zip(*on_ranks(2, compiled_both_ways), strict=True):
-        assert first.keys() == second.keys() == expected.keys()
-        for name, value in expected.items():
-            assert (first[name] == second[name]).all()
-            torch.testing.assert_close(
-                torch.from_numpy(first[name]), torch.from_numpy(value), rtol=1e-9, atol=1e-12
-            )
+        assert_bit_equal(first, second)
+        assert_same(first, expected)
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -147,11 +140,7 @@ def test_fsdp_equals_a_single_process_and_reshards_through_checkpoints(
     resumed.load_state_dict(single.state_dict())
     after_load = {**state(resumed), **outputs(resumed)}
     for found, right in [*((f, expected) for f in trained), *((f, after_load) for f in loaded)]:
-        assert found.keys() == right.keys()
-        for name, value in right.items():
-            torch.testing.assert_close(
-                torch.from_numpy(found[name]), torch.from_numpy(value), rtol=1e-9, atol=1e-12
-            )
+        assert_same(found, right)
 
 
 def convert_too_late(rank: int) -> tuple[str, list[str]]:

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
 
 import snparam
 
-from .ranks import on_ranks
+from .ranks import assert_same, on_ranks
 
 OPTIONS: list[dict[str, Any]] = [{"num_svs": 2, "gain": "learned"}, {"update": "step", "blocks": 2}]
 
@@ -93,8 +93,4 @@ def test_gradient_penalties_equal_those_of_a_single_process(system: Any) -> None
     expected = [single(options) for options in OPTIONS]
     for results in on_ranks(2, each, system):
         for found, right in zip(results, expected, strict=True):
-            assert found.keys() == right.keys()
-            for name, value in found.items():
-                torch.testing.assert_close(
-                    torch.from_numpy(value), torch.from_numpy(right[name]), rtol=1e-9, atol=1e-12
-                )
+            assert_same(found, right)

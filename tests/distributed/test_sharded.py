@@ -29,7 +29,7 @@ from snparam.division import Division, divide
 from snparam.sharded import ShardedStack
 from snparam.views import Layout
 
-from .ranks import on_ranks
+from .ranks import assert_same, on_ranks
 
 STEPS = 20
 PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
@@ -124,11 +124,7 @@ def test_training_equals_single_process(world: int, system: Any) -> None:
     expected = [single(options) for options in OPTIONS]
     for results in on_ranks(world, each, system):
         for found, right in zip(results, expected, strict=True):
-            assert found.keys() == right.keys()
-            for name, value in found.items():
-                torch.testing.assert_close(
-                    torch.from_numpy(value), torch.from_numpy(right[name]), rtol=1e-9, atol=1e-11
-                )
+            assert_same(found, right, atol=1e-11)
 
 
 def communicated(rank: int) -> tuple[dict[str, int], list[int]]:
@@ -193,11 +189,23 @@ SHAPES: list[tuple[tuple[int, ...], Layout, int]] = [
 ]
 
 
+def ways_to_place(world: int) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Meshes of all ranks, in one dimension and in two, and placements on them."""
+    line = init_device_mesh("cpu", (world,))
+    square = init_device_mesh("cpu", (2, world // 2))
+    return [
+        (line, (Shard(0),)),
+        (line, (Shard(1),)),
+        (line, (Replicate(),)),
+        (square, (Shard(0), Shard(1))),
+        (square, (Replicate(), Shard(0))),
+    ]
+
+
 def products(rank: int) -> None:
     """The products of a sharded stack against those of the whole one, for every placement."""
     world = torch.distributed.get_world_size()
-    line = init_device_mesh("cpu", (world,))
-    square = init_device_mesh("cpu", (2, world // 2))
+    everywhere = ways_to_place(world)
     torch.manual_seed(0)
     for dtype, (shape, layout, blocks) in itertools.product(
         (torch.float64, torch.complex128), SHAPES
@@ -207,14 +215,7 @@ def products(rank: int) -> None:
         dense = view.to_matrices(weight)
         b, m, n = dense.shape
         u, v = torch.randn(b, 2, m, dtype=dtype), torch.randn(b, 2, n, dtype=dtype)
-        placed = [
-            (line, (Shard(0),)),
-            (line, (Shard(1),)),
-            (line, (Replicate(),)),
-            (square, (Shard(0), Shard(1))),
-            (square, (Replicate(), Shard(0))),
-        ]
-        for mesh, placements in placed:
+        for mesh, placements in everywhere:
             stack = ShardedStack(distribute_tensor(weight, mesh, placements), view, dtype)
             torch.testing.assert_close(stack.left(u), u @ dense.conj())
             torch.testing.assert_close(stack.right(v), v @ dense.mT)
@@ -234,8 +235,7 @@ def unit(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def second_derivatives(rank: int) -> None:
     """The gradients of a penalty on gradients, against those of the division written out."""
-    line = init_device_mesh("cpu", (4,))
-    square = init_device_mesh("cpu", (2, 2))
+    everywhere = ways_to_place(4)
     torch.manual_seed(0)
     for dtype, (shape, layout, blocks) in itertools.product(
         (torch.float64, torch.complex128), SHAPES
@@ -258,14 +258,7 @@ def second_derivatives(rank: int) -> None:
 
         by = Division(divisor(weight), slope, u, v, view)
         expected = penalised(written, weight, gain, factor)
-        placed = [
-            (line, (Shard(0),)),
-            (line, (Shard(1),)),
-            (line, (Replicate(),)),
-            (square, (Shard(0), Shard(1))),
-            (square, (Replicate(), Shard(0))),
-        ]
-        for mesh, placements in placed:
+        for mesh, placements in everywhere:
             parts = [distribute_tensor(x, mesh, placements) for x in (weight, factor)]
             found = penalised(lambda w, g, by=by: divide(w, by, g), parts[0], gain, parts[1])
             for value, right in zip(found, expected, strict=True):

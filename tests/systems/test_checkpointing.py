@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from same import assert_same_gradients_and_states
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -51,15 +52,6 @@ def pair(mode: bool, **options: object) -> list[Network]:
 def inputs(count: int) -> list[Tensor]:
     torch.manual_seed(2)
     return [torch.randn(4, 8, dtype=torch.float64, requires_grad=True) for _ in range(count)]
-
-
-def assert_same_gradients_and_states(a: nn.Module, b: nn.Module) -> None:
-    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(
-            p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: n + m
-        )
-    for p, q in zip(a.buffers(), b.buffers(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("mode", [True, False])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from same import assert_same_gradients_and_states
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -290,7 +291,7 @@ def test_a_compiled_module_and_what_it_calls_uncompiled_are_one_forward(order: s
     for _ in range(2):
         for model in (eager, run):
             model(x).square().sum().backward()
-    assert_same(eager, compiled)
+    assert_same_gradients_and_states(eager, compiled, rtol=1e-9, atol=1e-12)
 
 
 class Blocks(nn.Module):
@@ -321,15 +322,6 @@ def test_blocks_compiled_one_by_one_equal_eager_ones(limit: int) -> None:
         for training in (True, False, True):
             for model in (eager, compiled):
                 model.train(training)(x).square().sum().backward()
-    assert_same(eager, compiled)
+    assert_same_gradients_and_states(eager, compiled, rtol=1e-9, atol=1e-12)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs == 12 if limit > 12 else graphs < 12
-
-
-def assert_same(eager: nn.Module, compiled: nn.Module) -> None:
-    for (name, p), q in zip(eager.named_parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(
-            p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: n + m
-        )
-    for a, b in zip(eager.buffers(), compiled.buffers(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
