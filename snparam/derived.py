@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu import Matrix, Memory, Passes
+from .cpu import Matrix
 from .division import Division
+from .memory import Memory, Passes
 from .stacks import Estimate
 from .views import View
 

@@ -49,44 +49,57 @@ class Forwards:
     def __init__(self) -> None:
         self.last_v: Tensor | None = None
         self._moved_in: tuple[int, int] | None = None
+        self._is_read_around = False
         self._traced: list[tuple[Reading, bool]] = []
         self._shared: Reading | None = None
         self._sharing = 0
 
-    def current(self, state: nn.Module) -> Reading | None:
+    def current(self, state: nn.Module, owner: nn.Module | None = None) -> Reading | None:
         """The reading that a read now belongs to, or None outside of every forward.
 
         Args:
             state: the SpectralNorm of the weight, by which the layers whose own it is are known.
+            owner: the layer that it is read from, where that is known.
         """
         if self._shared is not None:
             return self._shared
-        forward = _innermost()
+        forward = _running.get(get_ident())
+        if forward is not None and forward.frame is not None:
+            forward = _innermost()
         if forward is None:
             return None
         reading = forward.readings.get(self)
         if reading is None:
-            around = self._read_around(forward)
-            if _has(forward.module, state):
-                if around is None:
-                    around = self._handed_on()
-                if around is not None and not around.taken:
-                    # What a module around has read before this call is the weight of this forward.
-                    around.taken = True
-                    reading = around
-                else:
-                    reading = Reading()
-            elif self._has_moved_in(forward):
-                reading = Reading(self.last_v, taken=True)
+            if forward.module is owner and not self._is_read_around and not self._traced:
+                reading = Reading()
+            elif forward.module is owner or _has(forward.module, state):
+                reading = self._taken(forward)
             else:
-                reading = Reading() if around is None or around.taken else around
+                reading = self._of_another(forward)
             forward.readings[self] = reading
         return reading
 
+    def _taken(self, forward: _Forward) -> Reading:
+        """The reading of a layer's own forward."""
+        around = self._read_around(forward)
+        if around is None and self._traced:
+            around = self._handed_on()
+        if around is None or around.taken:
+            return Reading()
+        # What a module around has read before this call is the weight of this forward.
+        around.taken = True
+        return around
+
+    def _of_another(self, forward: _Forward) -> Reading:
+        """The reading of a forward of a module around the layer."""
+        self._is_read_around = True
+        if self._has_moved_in(forward):
+            return Reading(self.last_v, taken=True)
+        around = self._read_around(forward)
+        return Reading() if around is None or around.taken else around
+
     def _handed_on(self) -> Reading | None:
         """What a compiled forward has read that calls the layer where no compiler looks."""
-        if not self._traced:
-            return None
         around, handed_on = self._traced[-1]
         self._traced[-1] = (around, True)
         return None if handed_on else around
@@ -164,23 +177,24 @@ class _Forward:
         around: the running forward around it in the same thread, or None.
         number: later forwards have higher ones.
         readings: what it has read.
+        frame: what it runs in, where it may be broken off without an end.
     """
 
-    __slots__ = ("_frame", "around", "module", "number", "readings")
+    __slots__ = ("around", "frame", "module", "number", "readings")
 
     def __init__(self, module: nn.Module, around: _Forward | None, frame: FrameType | None) -> None:
         self.module = module
         self.around = around
         self.number = next(_numbers)
         self.readings: dict[Forwards, Reading] = {}
-        self._frame = frame
+        self.frame = frame
 
     def is_alive(self) -> bool:
         """Whether it is running still, and was not broken off by a KeyboardInterrupt."""
-        if self._frame is None:
+        if self.frame is None:
             return True
         frame: FrameType | None = sys._getframe(2)
-        while frame is not None and frame is not self._frame:
+        while frame is not None and frame is not self.frame:
             frame = frame.f_back
         return frame is not None
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
-from . import convergence, cpu, linalg
+from . import convergence, cpu, cpu_division, linalg
 from .constraint import Constraint, gain_in
 from .derived import Derived
 from .division import Division, divide, filled, without_autocast
@@ -19,7 +19,7 @@ from .recomputation import held, in_backward, keep, kept, refuse_in_region, save
 from .sharded import is_sharded
 from .stacks import Estimate, compute_dtype, is_finite, stack_of, step_from_v, steps_from_u
 from .views import View
-from .watching import watch
+from .watching import warn_behind, watch
 
 _NO_READING = Reading()
 
@@ -77,8 +77,9 @@ class SpectralNorm(nn.Module):
             self.register_buffer("gain", found.sv[:, 0].clone())
         self.constraint = Constraint(settings.coeff, settings.soft)
         self._order: tuple[int, ...] | None = None
-        self._warned = False
+        self.warned = False
         self._pure = settings.update == "step"
+        self._classic = self.constraint == Constraint()
         self._single = found.u.shape[:2] == (1, 1) and settings.eps == 0
         self._reset()
 
@@ -120,26 +121,35 @@ class SpectralNorm(nn.Module):
 
         Within one forward of the layer the first read computes it and later ones share it.
         """
+        return self.read(weight)
+
+    def read(self, weight: Tensor, owner: nn.Module | None = None) -> Tensor:
+        """`forward`, for the layer that the weight is read from, where that is known."""
         mode: object
-        traced = torch.compiler.is_compiling()
-        if self._pure and self.training and not traced and not self.forwards.shares:
-            # Which forward it is does not matter to what moves nothing.
-            return self._normalise(weight, _NO_READING, traced)
+        traced = is_compiling()
         if traced:
             reading = self.forwards.current_traced()
-            mode = torch.is_grad_enabled()
+            mode = is_grad_enabled()
+        elif self._pure and self.training and not self.forwards.shares:
+            # Which forward it is does not matter to what moves nothing.
+            return self._normalise(weight, _NO_READING)
         else:
-            reading = self.forwards.current(self)
+            reading = self.forwards.current(self, owner)
             # Never alike for one with a graph, None or a hook, and one without, True or False.
-            graph = torch.is_grad_enabled()
-            mode = saved_by() if graph else torch.is_inference_mode_enabled()
-        if is_sharded(weight):  # FSDP2 gathers it for the layer's own forward, not for those around
+            mode = saved_by() if is_grad_enabled() else torch.is_inference_mode_enabled()
+        # FSDP2 gathers it for the layer's own forward, not for those around.
+        if type(weight) is not nn.Parameter and is_sharded(weight):
             mode = (mode, "sharded")
         if reading is None:
-            return self._normalise(weight, Reading(), traced)
+            reading = Reading()
         value = reading.values.get(mode)
         if value is None:
-            value = reading.values[mode] = self._normalise(weight, reading, traced)
+            if traced:
+                with without_autocast(weight):
+                    value = self._by_stacks(weight, reading, traced=True)
+            else:
+                value = self._normalise(weight, reading, seen=mode is not None)
+            reading.values[mode] = value
         return value
 
     def right_inverse(self, value: Tensor) -> Tensor:
@@ -235,60 +245,47 @@ class SpectralNorm(nn.Module):
     def expect_update(self) -> None:
         """Note that an optimizer is about to change the weight."""
         if self._behind:  # since the step before: nobody updates
-            self._warn_behind()
+            warn_behind(self)
         self.derived.passes.end()
         self._behind = True
 
-    def _warn_behind(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"SpectralNorm on {self.name} {self.view.shape}: the weight has changed since its "
-                "singular values were last updated, and update='step' leaves that to you; call "
-                "update_after_step(optimizer, model) once, or update(model) after each step.",
-                UserWarning,
-                stacklevel=2,
-            )
-
     # The weight itself
 
-    def _normalise(self, weight: Tensor, reading: Reading, traced: bool) -> Tensor:
+    def _normalise(self, weight: Tensor, reading: Reading, seen: bool = True) -> Tensor:
         """W / σ, moving the state if this is the first read of a training forward.
 
         Args:
             weight: the original.
             reading: what the forward has read so far.
-            traced: whether a compiler is looking, in whose graphs there are no checkpointed regions
-                to keep anything for, and no numbers.
+            seen: whether there may be checkpointed regions to keep something for.
         """
-        if traced:
-            with without_autocast(weight):
-                return self._by_stacks(weight, reading, traced=True)
-        if self.is_one_number(weight):
-            if cpu.is_alone():
-                return self._by_numbers(weight, reading)
-            with without_autocast(weight), unseen():
-                return self._by_numbers(weight, reading)
+        of = self.derived.matrix
+        if of is not None and of.is_ready(weight):
+            return self._by_numbers(weight, of, reading, seen)
         with without_autocast(weight), unseen():
+            if self.is_one_number(weight):
+                of = self.derived.matrix_of(weight, self.view)
+                return self._by_numbers(weight, of, reading, seen)
             return self._by_stacks(weight, reading, traced=False)
 
-    def _by_numbers(self, weight: Tensor, reading: Reading) -> Tensor:
+    def _by_numbers(self, weight: Tensor, of: cpu.Matrix, reading: Reading, seen: bool) -> Tensor:
         """One matrix on a CPU."""
         derived = self.derived
         gain = None if self.settings.gain is None else self.gain
-        of = derived.matrix_of(weight, self.view)
         if self._pure and self.training:
             by = self._last_numbers(weight)
-            return cpu.divide(weight, gain, by, of, derived.memory, derived.passes)
+            return cpu_division.divide(weight, gain, by, of, derived.memory, derived.passes)
         moves, repeated = self._moves(reading, traced=False)
         if repeated is None:
             step = self._step_by_numbers(of, weight, moves)
-            if moves:
+            if moves and seen:
                 self._keep(step.x)
+            elif moves:  # it records a graph, and not in a region
+                self.forwards.moved(step.x)
             reading.v = step.x
         else:
             step = cpu.finish_step(of, repeated.view(-1))
-        return cpu.divide(weight, gain, self._numbers(step), of, derived.memory)
+        return cpu_division.divide(weight, gain, self._numbers(step), of, derived.memory)
 
     def _step_by_numbers(self, of: cpu.Matrix, weight: Tensor, moves: bool) -> cpu.Step:
         """A step from u; with `moves`, `num_itrs` steps, stored in place."""
@@ -308,8 +305,9 @@ class SpectralNorm(nn.Module):
         return step
 
     def _numbers(self, step: cpu.Step) -> Division:
-        divisor, slope = self.constraint.divisor_of(step.sigma)
-        return Division(divisor, slope / (step.size * step.length), step.t, step.x, self.view)
+        sigma, t, x, size, length = step
+        divisor, slope = (sigma, 1.0) if self._classic else self.constraint.divisor_of(sigma)
+        return Division(divisor, slope / (size * length), t, x, self.view)
 
     def _last_numbers(self, weight: Tensor) -> Division:
         """By what the last update has found."""
@@ -377,7 +375,7 @@ class SpectralNorm(nn.Module):
         """What the last update has found, without a product."""
         self.weight_id = id(weight)
         if self._behind:
-            self._warn_behind()
+            warn_behind(self)
         if self.view.order_for(weight) != self._order:  # of v, which lies as the weight did
             self.derive(weight)
         current = self.derived.current

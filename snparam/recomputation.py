@@ -59,16 +59,19 @@ class _Regions(NamedTuple):
 
 _NO_REGIONS = _Regions([], None)
 
+_task: Any = torch._C._current_graph_task_id
+_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+
 
 def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread: a forward here is recomputed."""
-    task: int = torch._C._current_graph_task_id()
+    task: int = _task()
     return task != -1
 
 
 def saved_by() -> Any:
     """What autograd saves tensors by, which is not the same in a checkpointed region as outside."""
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks: Any = _hooks(True)
     return None if hooks is None else hooks[0]
 
 

@@ -191,7 +191,7 @@ def _read_directly(owner: nn.Module, name: str) -> None:
         ):
             value: Tensor = through_lists.fget(module)
             return value
-        found: Tensor = norm.forward(original)
+        found: Tensor = norm.read(original, module)
         return found
 
     setattr(type(owner), name, property(read, through_lists.fset))

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from .forwards import begin, end
 from .parametrization import SpectralNorm
@@ -40,13 +40,16 @@ def open_own_scope(owner: nn.Module) -> None:
 
     By its class, which is its own: hooks would take as long as a small product.
     """
+    close_own_scope(owner)
     cls = type(owner)
-    if "__call__" in vars(cls):
-        return
     call: Any = cls.__call__
+    is_leaf = list(owner._modules) == ["parametrizations"]
+    pure = is_leaf and all(norm.settings.update == "step" for _, norm in norms_of(owner))
 
     def scoped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if pure and self.training:  # which forward it is does not matter to what moves nothing
+            return call(self, *args, **kwargs)
+        if is_compiling():
             _begin(self, args)
             try:
                 return call(self, *args, **kwargs)
@@ -155,7 +158,7 @@ def _has_norms(module: nn.Module) -> bool:
 
 
 def _begin(module: nn.Module, _args: object) -> None:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         for norm, own in _near(module):
             if norm.moves:
                 norm.forwards.enter_traced(own=own)
@@ -164,7 +167,7 @@ def _begin(module: nn.Module, _args: object) -> None:
 
 
 def _end(module: nn.Module, _args: object, _output: object) -> None:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         for norm, _ in _near(module):
             if norm.moves:
                 norm.forwards.leave_traced()

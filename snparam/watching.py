@@ -7,10 +7,13 @@ the device.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Protocol
 from weakref import WeakSet
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .views import View
 
 
 class Watched(Protocol):
@@ -18,9 +21,15 @@ class Watched(Protocol):
 
     Attributes:
         weight_id: identity of the Parameter, once known.
+        name: what to call the weight in warnings.
+        view: how it is read.
+        warned: whether a missing update has been reported.
     """
 
     weight_id: int | None
+    name: str
+    view: View
+    warned: bool
 
     def expect_update(self) -> None:
         """Note that an optimizer is about to change the weight."""
@@ -42,3 +51,16 @@ def _before_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
     for state in list(_watched):
         if state.weight_id in stepped:
             state.expect_update()
+
+
+def warn_behind(state: Watched) -> None:
+    """Warn, once for each state, that the weight has changed and nobody has updated the state."""
+    if not state.warned:
+        state.warned = True
+        warnings.warn(
+            f"SpectralNorm on {state.name} {state.view.shape}: the weight has changed since its "
+            "singular values were last updated, and update='step' leaves that to you; call "
+            "update_after_step(optimizer, model) once, or update(model) after each step.",
+            UserWarning,
+            stacklevel=2,
+        )

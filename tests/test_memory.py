@@ -17,10 +17,10 @@ from holder import norm_of, original_of
 from torch import nn
 
 import snparam
-from snparam import cpu
+from snparam import cpu, holders
 
 ROWS, COLUMNS = 192, 256
-assert ROWS * COLUMNS >= cpu._LARGE
+assert ROWS * COLUMNS >= cpu.LARGE
 
 
 def layer_with(**options):
@@ -257,9 +257,19 @@ def test_a_gradient_in_memory_of_another_library_is_left_alone(layer):
     close(original_of(layer).grad, projected(layer, TARGET))
 
 
-def test_a_debugger_does_not_teach_that_held_gradients_are_free(layer, monkeypatch):
+@pytest.fixture
+def nothing_learned():
+    """What a gradient looks like that nobody holds is not known, as in a new process."""
+    learned = set(holders.ALONE)
+    holders.ALONE.clear()
+    yield
+    holders.ALONE.clear()
+    holders.ALONE.update(learned)
+
+
+@pytest.mark.usefixtures("nothing_learned")
+def test_a_debugger_does_not_teach_that_held_gradients_are_free(layer):
     """One that shows local variables holds them, when it is learned what nobody holds."""
-    monkeypatch.setattr(cpu, "_ALONE", set())
 
     def show(frame, _event, _arg):
         frame.f_locals  # noqa: B018
@@ -271,11 +281,11 @@ def test_a_debugger_does_not_teach_that_held_gradients_are_free(layer, monkeypat
         matmul(layer.weight).backward()
     finally:
         sys.settrace(earlier)
-    assert not cpu._ALONE
+    assert not holders.ALONE
 
 
-def test_a_default_device_elsewhere_does_not_matter(layer, monkeypatch):
-    monkeypatch.setattr(cpu, "_ALONE", set())
+@pytest.mark.usefixtures("nothing_learned")
+def test_a_default_device_elsewhere_does_not_matter(layer):
     with torch.device("meta"):
         matmul(layer.weight).backward()
     used = layer.weight
@@ -340,9 +350,9 @@ RUNNERS = {"the interpreter": lambda run: run(), "torch's compiler": lambda run:
 
 @pytest.mark.parametrize("first", RUNNERS)
 @pytest.mark.parametrize("then", RUNNERS)
-def test_holders_are_counted_alike_whoever_runs_the_frames(layer, monkeypatch, first, then):
+@pytest.mark.usefixtures("nothing_learned")
+def test_holders_are_counted_alike_whoever_runs_the_frames(layer, first, then):
     """The compiler goes on with it when something has failed in it, and a call counts one more."""
-    monkeypatch.setattr(cpu, "_ALONE", set())
     kept = []
 
     def overwritten(keep=False):

@@ -71,6 +71,24 @@ def test_reads_by_the_module_around_belong_to_one_forward(calls_child, num_itrs)
     assert a.shape == b.shape
 
 
+def test_a_layer_whose_own_weight_stays_still_counts_forwards_for_the_layer_inside_it():
+    class Around(Parent):
+        def __init__(self):
+            super().__init__(calls_child=False)
+            self.weight = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+
+        def forward(self, x):
+            return F.linear(super().forward(x), self.weight)
+
+    model = Around()
+    snparam.register_sn(model, name="weight", update="step")
+    for inside in (model.proj, model.other[0]):
+        snparam.register_sn(inside)
+    before = all_u(randomise(model))
+    model(torch.randn(2, 4, dtype=torch.float64))
+    assert_moved(model, before, {".weight": 0, "proj.weight": 1, "other.0.weight": 1})
+
+
 def test_every_read_within_a_forward_is_the_same_tensor_with_one_graph():
     class Reader(nn.Module):
         def __init__(self):

@@ -50,7 +50,7 @@ class Network(nn.Module):
         self.head = nn.Linear(WIDTH, 4)
         self.mode = mode
         self.double()
-        assert self.head.in_features**2 >= cpu._LARGE
+        assert self.head.in_features**2 >= cpu.LARGE
         torch.manual_seed(1)
         # A cold start, of which each step moves far.
         snparam.convert_model(self, init="random", **options)

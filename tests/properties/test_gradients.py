@@ -16,8 +16,9 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import snparam
-from snparam import cpu
+from snparam import cpu, cpu_division
 from snparam.division import Division, divide
+from snparam.memory import Memory
 from snparam.testing import example_inputs, layers, weights
 from snparam.testing.tensors import weight_with
 from snparam.views import Layout
@@ -47,7 +48,8 @@ VIEWS = {
 def by_number(weight, by, gain=None):
     """As layers divide one matrix on a CPU, with vectors of any length."""
     longer = by._replace(slope=by.slope / 6, u=by.u * 2, v=by.v * 3)
-    return cpu.divide(weight, gain, longer, cpu.Matrix(weight, by.view), cpu.Memory())
+    of = cpu.Matrix(weight, by.view)
+    return cpu_division.divide(weight, gain, longer, of, Memory())
 
 
 def fixed(name, dtype, memory="contiguous", number=False):
