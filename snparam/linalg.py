@@ -20,8 +20,8 @@ from torch import Tensor
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 # From this many vectors and multiplications on BLAS is faster with W Vᵀ than with V Wᵀ, whose rows
-# are fewer than it expects: 1.5x at 8 vectors, 2x at 16, for 512x4608 and 4096x1024 on two cores.
-_MANY_ROWS, _MANY_PRODUCTS = 8, 1 << 24
+# are fewer than it expects: 1.3x at 8 vectors from 2304x768 on, 2x at 16, on two cores.
+_MANY_ROWS, _MANY_PRODUCTS = 8, 12 << 20
 
 # Entries of a matrix that outgrow one core's cache.
 _WORTH_PARTING = 1 << 19
@@ -111,7 +111,9 @@ def left_vectors(
         u, norm = _unit(t, eps, instead=0.0 if before is None else None)
         sv = norm.to(real_dtype(t.dtype))
         sv = sv if eps == 0 else sv * (sv / eps).clamp_max(1.0)
-    return u if before is None else torch.where(sv[:, :1, None] > 0, u, before), sv
+    if before is None or (_is_known(sv) and all(norm > 0 for norm in sv[:, 0].tolist())):
+        return u, sv
+    return torch.where(sv[:, :1, None] > 0, u, before), sv
 
 
 def orthonormal_rows(x: Tensor, eps: float = 0.0) -> Tensor:
@@ -142,8 +144,11 @@ def orthonormalise(x: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
         x, scale = torch.view_as_complex(parts), largest[..., 0, 0]
     q, r = torch.linalg.qr(x.mT)
     diagonal = r.diagonal(dim1=-2, dim2=-1)
-    phase = torch.sgn(diagonal) + (diagonal == 0)
-    length = diagonal.abs() if scale is None else diagonal.abs() * scale
+    length = diagonal.abs()
+    if scale is None:
+        phase = torch.copysign(length.new_ones(()), diagonal)
+    else:
+        phase, length = torch.sgn(diagonal) + (diagonal == 0), length * scale
     if eps > 0:
         floored = (length / eps).clamp(max=1.0)
         phase, length = phase * floored, length * floored
@@ -162,15 +167,16 @@ def left_product(matrices: Tensor | Stack, u: Tensor) -> Tensor:
         return torch.bmm(u, other)
     k, (rows, columns) = u.shape[1], (matrices.shape[1] // pieces, matrices.shape[2])
     apart = u.reshape(k, pieces, rows).transpose(0, 1)
-    return torch.bmm(apart, other.view(pieces, rows, columns)).sum(0, keepdim=True)
+    parts = torch.bmm(apart, other.view(pieces, rows, columns))
+    return parts.sum(0, keepdim=True) if pieces > 2 else parts[:1].add_(parts[1:])
 
 
 def _pieces(matrices: Tensor) -> int:
     """Into how many bands of rows, summed afterwards, to part U W on a CPU: one for each thread.
 
     BLAS gives each thread some columns instead, each thread then reads all over the matrix, and
-    what it has in its cache is not what V Wᵀ asks it for next. 1.2x for both products at 2048x512
-    and 4096x1024, 1.5x at 1024x1024, on two cores; nothing for wide matrices.
+    what it has in its cache is not what V Wᵀ asks it for next. 1.2x for both products at 4096x1024
+    and 1.1x at 1024x1024 and 1024x4096, on two cores; nothing for matrices of few rows.
     """
     blocks, rows, columns = matrices.shape
     if matrices.device.type != "cpu" or blocks > 1 or rows * columns < _WORTH_PARTING:
@@ -178,7 +184,8 @@ def _pieces(matrices: Tensor) -> int:
     if torch.compiler.is_compiling() or not matrices.is_contiguous():
         return 1  # a graph cannot ask for the number of threads, which may be others when it runs
     threads = torch.get_num_threads()
-    return threads if rows >= max(columns, 64 * threads) and rows % threads == 0 else 1
+    enough = 64 * threads if rows >= columns else 384 * threads
+    return threads if rows >= enough and rows % threads == 0 else 1
 
 
 def right_product(matrices: Tensor | Stack, v: Tensor) -> Tensor:
@@ -212,6 +219,16 @@ def _unit(x: Tensor, eps: float, instead: float | None) -> tuple[Tensor, Tensor]
         # NaN is replaced in the real and in the imaginary part, each by itself.
         x.nan_to_num_(nan=instead * 0.5**0.5 if x.is_complex() else instead)
     return x, norm.squeeze(-1)
+
+
+def _is_known(x: Tensor) -> bool:
+    """Whether the values of a tensor can be read, at no cost."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -101,18 +101,20 @@ def test_a_step_gives_orthonormal_u_and_v_and_their_values(W, count, eps, data):
     assert (torch.linalg.vector_norm(u, dim=-1) <= 1 + rounding(W)).all()
 
 
-@pytest.fixture
-def two_threads():
+@pytest.fixture(params=[2, 4])
+def threads(request):
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("two_threads")
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("count", [2, 8])
 @pytest.mark.parametrize("dtype", WIDE)
-@pytest.mark.parametrize("shape", [(1024, 512), (512, 1024), (2176, 1024), (1025, 2048)])
+@pytest.mark.parametrize(
+    "shape", [(1024, 512), (512, 1024), (1536, 2048), (2176, 1024), (1025, 2048)]
+)
 def test_a_step_of_a_large_matrix_is_the_products_written_out(shape, dtype, count):
     """Large matrices are multiplied in bands, one for each thread, or the other way around."""
     W, u = torch.randn(shape, dtype=dtype), torch.randn(count, shape[0], dtype=dtype)
