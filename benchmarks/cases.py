@@ -11,7 +11,7 @@ import snparam
 from snparam import linalg
 
 from . import bare, memory, models, peers, work
-from .bare import BARE
+from .bare import BARE, LEAST
 from .peers import HOOK, OURS, PLAIN, SEQUENTIAL, TORCH
 from .rows import Row, Setup
 from .timing import Spread, Times, interleaved
@@ -46,6 +46,7 @@ def single_layers(setup: Setup) -> Iterator[Row]:
             TORCH: work.read_and_backward(peers.torch_parametrization(source), grad),
             HOOK: work.read_and_backward(peers.torch_hook(source), grad),
             BARE: bare.read_and_backward(source, grad),
+            LEAST: work.read_and_backward(bare.least(source, in_place=False), grad),
         }
         times = interleaved(runs, setup.rounds, setup.device)
         case = f"read + backward, {_by(shape)}"
@@ -53,7 +54,9 @@ def single_layers(setup: Setup) -> Iterator[Row]:
         medians = times.medians()
         yield Row(case, AGAINST_TORCH, times.ratio(TORCH, OURS), reach, True, medians)
         yield Row(case, AGAINST_HOOK, times.ratio(HOOK, OURS), None, True, medians)
-        yield Row(_bare(case), AGAINST_TORCH, times.ratio(TORCH, BARE), None, True, medians)
+        for floor in (BARE, LEAST):
+            ratio = times.ratio(TORCH, floor)
+            yield Row(_of(case, floor), AGAINST_TORCH, ratio, None, True, medians)
 
 
 def many_values(setup: Setup) -> Iterator[Row]:
@@ -110,20 +113,24 @@ def training_steps(setup: Setup) -> Iterator[Row]:
             OURS: work.training_step(peers.ours()(source), x),
             TORCH: work.training_step(peers.torch_parametrization(source), x),
             BARE: work.training_step(bare.in_training(source), x),
+            LEAST: work.training_step(bare.least(source), x),
         }
         times = interleaved(runs, setup.fewer(2), setup.device)
         yield from _added(f"training step, {name}", times, 1 / 3)
 
 
 def _added(case: str, times: Times, reach: float) -> Iterator[Row]:
-    """Time added to a step, against torch's; and what the bare operations add."""
-    for who, what, wanted in ((OURS, case, reach), (BARE, _bare(case), None)):
+    """Time added to a step, against torch's; and what the operations alone add."""
+    for who in (OURS, BARE, LEAST):
         ratio = times.ratio_of_added(who, TORCH, PLAIN)
-        yield Row(what, AGAINST_ADDED, ratio, wanted, False, times.medians())
+        if who == OURS:
+            yield Row(case, AGAINST_ADDED, ratio, reach, False, times.medians())
+        else:
+            yield Row(_of(case, who), AGAINST_ADDED, ratio, None, False, times.medians())
 
 
-def _bare(case: str) -> str:
-    return f"{case}, {BARE}"
+def _of(case: str, floor: str) -> str:
+    return f"{case}, {floor}"
 
 
 def accumulated_steps(setup: Setup, passes: int = 4) -> Iterator[Row]:
@@ -136,6 +143,7 @@ def accumulated_steps(setup: Setup, passes: int = 4) -> Iterator[Row]:
             OURS: work.training_step(stepwise, x, passes, update_after_step=True),
             TORCH: work.training_step(peers.torch_parametrization(source), x, passes),
             BARE: work.training_step(bare.in_training(source, passes, stepwise=True), x, passes),
+            LEAST: work.training_step(bare.least(source, passes, stepwise=True), x, passes),
         }
         times = interleaved(runs, setup.fewer(4), setup.device, warm_up=1)
         yield from _added(f"update='step', {passes} passes, {name}", times, 1 / 5)

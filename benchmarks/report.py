@@ -130,10 +130,12 @@ Made by `{command}`.
 
 Ratios of costs in the same rounds, medians over rounds with their quartiles. `>=`: the other's time
 by snparam's. `<=`: snparam's by the other's. Rows of added time divide differences from the
-unconverted model. Rows without a target are for looking. Those of bare operations have no snparam
-in them: they are what two products, a division, a dot product and a rank-one update take by
-themselves, and so how far this machine lets anything get that takes them one after another. Medians
-of each are in [{path.stem}.json]({path.stem}.json).
+unconverted model. Rows without a target are for looking. Two kinds of them have no snparam in them:
+bare operations are what two products, a division, a dot product and a rank-one update take by
+themselves, and so how far this machine lets anything get that takes them one after another; the
+least function is one autograd Function in Python around them, without any check, state or rule, and
+so how far it lets anything get that is written in Python. Medians of each are in
+[{path.stem}.json]({path.stem}.json).
 
 {about}
 

@@ -56,7 +56,7 @@ def test_every_case_is_in_the_results_as_a_ratio(
     recorded: Path, data: dict[str, Any], case: str, against: str, reach: float | None
 ) -> None:
     found = [r for r in data["rows"] if r["case"].startswith(case) and r["against"] == against]
-    (row,) = [r for r in found if not r["case"].endswith(bare.BARE)]
+    (row,) = [r for r in found if not r["case"].endswith((bare.BARE, bare.LEAST))]
     assert row["reach"] == reach
     assert len(row["medians"]) >= 2
     assert all(median > 0 for median in row["medians"].values())
@@ -133,11 +133,12 @@ def test_help_says_that_no_cuda_device_has_run_it(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(("stepwise", "firsts"), [(False, 3), (True, 1)])
+@pytest.mark.parametrize("floor", [bare.in_training, bare.least])
 def test_bare_operations_are_five_for_each_layer_and_leave_the_network_as_it_is(
-    stepwise: bool, firsts: int
+    floor: Callable[..., nn.Module], stepwise: bool, firsts: int
 ) -> None:
     plain = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
-    beside = bare.in_training(plain, passes=3, stepwise=stepwise)
+    beside = floor(plain, passes=3, stepwise=stepwise)
     x = torch.randn(2, 6)
     for network in (plain, beside):
         with torch.profiler.profile() as profile:
@@ -148,6 +149,18 @@ def test_bare_operations_are_five_for_each_layer_and_leave_the_network_as_it_is(
     assert {name: counts[f"aten::{name}"] for name in expected} == expected
     for mine, theirs in zip(plain.parameters(), beside.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_the_least_function_reads_and_goes_backward_and_leaves_a_held_gradient_alone() -> None:
+    layer, grad = bare.least(models.layer((5, 6)), in_place=False), torch.randn(5, 6)
+    held = grad.clone()
+    any_layer: Any = layer
+    any_layer.weight.backward(grad)
+    (original,) = layer.parameters()
+    assert original.grad is not None
+    torch.testing.assert_close(original.grad, held)
+    torch.testing.assert_close(grad, held, rtol=0, atol=0)
+    torch.testing.assert_close(any_layer.weight, original)
 
 
 def test_contenders_alternate_and_take_turns_at_being_first(
