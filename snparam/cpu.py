@@ -7,6 +7,7 @@ at no cost, so that norms are numbers and not tensors of one element.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +30,13 @@ _DTYPES = (torch.float32, torch.float64)
 # pushed them out of the caches, takes as long as a small product.
 _modes: Any = torch._C._len_torch_dispatch_stack
 _transforms: Any = torch._C._are_functorch_transforms_active
-_is_autocast_enabled = torch.is_autocast_enabled
 _Parameter = nn.Parameter
 _mv, _dot, _sqrt = torch.mv, torch.dot, math.sqrt
+
+# Not public, and found out sooner than for one kind of device.
+is_any_autocast_enabled: Any = getattr(torch._C, "_is_any_autocast_enabled", None) or partial(
+    torch.is_autocast_enabled, "cpu"
+)
 
 
 class Step(NamedTuple):
@@ -123,7 +128,7 @@ class Matrix:
             and self.flat is not None
             and weight.data_ptr() == self._address
             and weight.is_contiguous() == self._contiguous
-            and not (_transforms() or _modes() or _is_autocast_enabled("cpu"))
+            and not (_transforms() or _modes() or is_any_autocast_enabled())
         )
 
 

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu import Matrix, as_it_lies
+from .cpu import Matrix, as_it_lies, is_any_autocast_enabled
 from .division import Division, gradients_in_graph, without_autocast
 from .holders import ALONE, COUNTS_HOLDERS, is_alone, learn_what_alone_looks_like
 from .memory import Memory, Passes
 
 # Names of this file's own, as in `cpu`.
 _modes: Any = torch._C._len_torch_dispatch_stack
-_is_autocast_enabled = torch.is_autocast_enabled
 _is_grad_enabled = torch.is_grad_enabled
 _dot = torch.dot
 
@@ -124,7 +123,7 @@ class _Divide(torch.autograd.Function):
             and (alike or grad.is_contiguous())
             and is_alone(grad, sys.getrefcount(grad))
         )
-        if _is_autocast_enabled("cpu"):
+        if is_any_autocast_enabled():
             with without_autocast(grad):
                 return (*_gradients(ctx.made_of, grad, alike, alone), *_NO_GRADIENTS)
         return (*_gradients(ctx.made_of, grad, alike, alone), *_NO_GRADIENTS)

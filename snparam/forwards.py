@@ -44,6 +44,7 @@ class Forwards:
 
     Attributes:
         last_v: the right singular vectors that the last moving read has used, or None.
+        shared: the one reading that all reads are now, or None.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,7 @@ class Forwards:
         self._moved_in: tuple[int, int] | None = None
         self._is_read_around = False
         self._traced: list[tuple[Reading, bool]] = []
-        self._shared: Reading | None = None
+        self.shared: Reading | None = None
         self._sharing = 0
 
     def current(self, state: nn.Module, owner: nn.Module | None = None) -> Reading | None:
@@ -61,8 +62,8 @@ class Forwards:
             state: the SpectralNorm of the weight, by which the layers whose own it is are known.
             owner: the layer that it is read from, where that is known.
         """
-        if self._shared is not None:
-            return self._shared
+        if self.shared is not None:
+            return self.shared
         forward = _running.get(get_ident())
         if forward is not None and forward.frame is not None:
             forward = _innermost()
@@ -126,26 +127,21 @@ class Forwards:
         thread, number = self._moved_in
         return thread == get_ident() and number > forward.number
 
-    @property
-    def shares(self) -> bool:
-        """Whether all reads are one now."""
-        return self._shared is not None
-
     def share(self, on: bool) -> None:
         """Begin or end a stretch in which all reads, in all threads, are one; stretches nest."""
         self._sharing += 1 if on else -1
         if not self._sharing:
-            self._shared = None
-        elif self._shared is None:
-            self._shared = Reading()
+            self.shared = None
+        elif self.shared is None:
+            self.shared = Reading()
 
     # Inside a compiled graph there are no frames, and a list for each weight, unlike one for all,
     # lets layers that are alike share their graph.
 
     def current_traced(self) -> Reading | None:
         """`current` inside a compiled graph."""
-        if self._shared is not None:
-            return self._shared
+        if self.shared is not None:
+            return self.shared
         return self._traced[-1][0] if self._traced else None
 
     def enter_traced(self, *, own: bool) -> None:

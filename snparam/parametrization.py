@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch.compiler import is_compiling
 
 from . import convergence, cpu, cpu_division, linalg
@@ -126,22 +126,26 @@ class SpectralNorm(nn.Module):
     def read(self, weight: Tensor, owner: nn.Module | None = None) -> Tensor:
         """`forward`, for the layer that the weight is read from, where that is known."""
         mode: object
+        shared = self.forwards.shared
+        if shared is not None and not is_grad_enabled() and type(weight) is nn.Parameter:
+            value = shared.values.get(is_inference_mode_enabled())
+            if value is not None:
+                return value
         traced = is_compiling()
         if traced:
             reading = self.forwards.current_traced()
             mode = is_grad_enabled()
-        elif self._pure and self.training and not self.forwards.shares:
+        elif self._pure and self.training and shared is None:
             # Which forward it is does not matter to what moves nothing.
             return self._normalise(weight, _NO_READING)
         else:
             reading = self.forwards.current(self, owner)
             # Never alike for one with a graph, None or a hook, and one without, True or False.
-            mode = saved_by() if is_grad_enabled() else torch.is_inference_mode_enabled()
+            mode = saved_by() if is_grad_enabled() else is_inference_mode_enabled()
         # FSDP2 gathers it for the layer's own forward, not for those around.
         if type(weight) is not nn.Parameter and is_sharded(weight):
             mode = (mode, "sharded")
-        if reading is None:
-            reading = Reading()
+        reading = Reading() if reading is None else reading
         value = reading.values.get(mode)
         if value is None:
             if traced:
@@ -315,7 +319,7 @@ class SpectralNorm(nn.Module):
         if by is None or self._behind:
             u, v, sv = self._current_step(weight)
             by = self._numbers(cpu.Step(sv.item(), u.view(-1), v.view(-1), 1.0, 1.0))
-            self.derived.numbers = None if torch.is_inference_mode_enabled() else by
+            self.derived.numbers = None if is_inference_mode_enabled() else by
         if self.weight_id != id(weight):
             self.weight_id = id(weight)
         return by
@@ -350,7 +354,7 @@ class SpectralNorm(nn.Module):
         if ready is None or ready[0] is not found:
             by = self._division(*found.first())
             ready = found, by._replace(filled=filled(by.divisor))
-            self.derived.division = None if torch.is_inference_mode_enabled() else ready
+            self.derived.division = None if is_inference_mode_enabled() else ready
         return ready[1]
 
     def _divided_by(self, by: Division, weight: Tensor) -> Tensor:
