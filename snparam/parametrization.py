@@ -19,12 +19,12 @@ from .recomputation import held, in_backward, keep, kept, refuse_in_region, save
 from .sharded import is_sharded
 from .stacks import Estimate, compute_dtype, is_finite, stack_of, step_from_v, steps_from_u
 from .views import View
-from .watching import warn_behind, watch
+from .watching import Watch
 
 _NO_READING = Reading()
 
 # Attributes that belong to running forwards and running training.
-_TRANSIENT = ("forwards", "derived", "_frozen", "_behind")
+_TRANSIENT = ("forwards", "derived", "watch", "_frozen")
 
 
 class SpectralNorm(nn.Module):
@@ -77,7 +77,6 @@ class SpectralNorm(nn.Module):
             self.register_buffer("gain", found.sv[:, 0].clone())
         self.constraint = Constraint(settings.coeff, settings.soft)
         self._order: tuple[int, ...] | None = None
-        self.warned = False
         self._pure = settings.update == "step"
         self._classic = self.constraint == Constraint()
         self._single = found.u.shape[:2] == (1, 1) and settings.eps == 0
@@ -87,11 +86,10 @@ class SpectralNorm(nn.Module):
         """What belongs to running forwards, and is neither copied nor saved."""
         self.forwards = Forwards()
         self._frozen = 0
-        self._behind = False
         self.derived = Derived()
-        self.weight_id: int | None = None
+        self.watch = Watch(f"{self.name} {self.view.shape}", self.derived.passes)
         if self.settings.update == "step":
-            watch(self)
+            self.watch.begin()
 
     def _apply(self, *args: Any, **kwargs: Any) -> SpectralNorm:
         """What `.to()` and its like do."""
@@ -187,8 +185,8 @@ class SpectralNorm(nn.Module):
         """Bring what follows from u up to date, after u or the weight came from elsewhere."""
         self.forwards.last_v = None
         self.derived.forget()
-        self._behind = False
         if self.settings.update == "step":
+            self.watch.behind = False
             # u stays what it is, so that a state that was loaded is the state that is saved.
             found = self._step_from_u(weight)
             self._order = self.view.order_for(weight)
@@ -226,13 +224,16 @@ class SpectralNorm(nn.Module):
         """Whether a forward now moves the state."""
         return self.training and self.settings.update == "forward" and not self._frozen
 
-    def begin_update(self, weight: Tensor, found: Estimate | None = None) -> None:
+    def begin_update(self, weight: Tensor, found: Estimate | cpu.Step | None = None) -> None:
         """Note that the buffers are about to be what was found for the weight as it is now."""
-        # Past nn.Module, which takes as long for each as a small layer's update.
         order = self.view.order_for(weight)
-        self.__dict__.update(weight_id=id(weight), _order=order, _behind=False)
-        self.derived.current = found
-        self.derived.forget_update()
+        if order != self._order:  # a Module takes as long to set it as a small layer's update takes
+            self._order = order
+        self.watch.weight_id, self.watch.behind = id(weight), False
+        derived = self.derived
+        derived.forget_update()
+        derived.current = found if isinstance(found, Estimate) else None
+        derived.numbers = self._numbers(found) if isinstance(found, cpu.Step) else None
 
     def is_one_number(self, weight: Tensor) -> bool:
         """Whether there is one σ, which can be read at no cost."""
@@ -240,18 +241,12 @@ class SpectralNorm(nn.Module):
 
     def update_by_numbers(self, weight: Tensor) -> None:
         """Update the buffers from the weight, where `is_one_number`."""
-        self.begin_update(weight)
-        step = self._step_by_numbers(self.derived.matrix_of(weight, self.view), weight, moves=True)
+        of = self.derived.matrix_of(weight, self.view)
+        step = self._step_by_numbers(of, weight, moves=True)
         if math.isfinite(step.sigma):
-            torch.div(step.x, step.length, out=self.v.view(-1))
-        self.derived.numbers = self._numbers(step)
-
-    def expect_update(self) -> None:
-        """Note that an optimizer is about to change the weight."""
-        if self._behind:  # since the step before: nobody updates
-            warn_behind(self)
-        self.derived.passes.end()
-        self._behind = True
+            v: Any = self._buffers["v"]
+            torch.div(step.x, step.length, out=v.view(-1))
+        self.begin_update(weight, step)
 
     # The weight itself
 
@@ -316,12 +311,11 @@ class SpectralNorm(nn.Module):
     def _last_numbers(self, weight: Tensor) -> Division:
         """By what the last update has found."""
         by = self.derived.numbers
-        if by is None or self._behind:
+        if by is None or self.watch.behind:
             u, v, sv = self._current_step(weight)
             by = self._numbers(cpu.Step(sv.item(), u.view(-1), v.view(-1), 1.0, 1.0))
             self.derived.numbers = None if is_inference_mode_enabled() else by
-        if self.weight_id != id(weight):
-            self.weight_id = id(weight)
+        self.watch.weight_id = id(weight)
         return by
 
     def _by_stacks(self, weight: Tensor, reading: Reading, traced: bool) -> Tensor:
@@ -377,9 +371,9 @@ class SpectralNorm(nn.Module):
 
     def _current_step(self, weight: Tensor) -> Estimate:
         """What the last update has found, without a product."""
-        self.weight_id = id(weight)
-        if self._behind:
-            warn_behind(self)
+        self.watch.weight_id = id(weight)
+        if self.watch.behind:
+            self.watch.warn()
         if self.view.order_for(weight) != self._order:  # of v, which lies as the weight did
             self.derive(weight)
         current = self.derived.current
@@ -390,7 +384,8 @@ class SpectralNorm(nn.Module):
 
     def stored(self) -> Estimate:
         """The buffers, with `update="step"`."""
-        return Estimate(self.u, self.v, self.sv)
+        buffers: Any = self._buffers
+        return Estimate(buffers["u"], buffers["v"], buffers["sv"])
 
     def _stack_step(self, weight: Tensor, moves: bool, repeated: Tensor | None) -> Estimate:
         """What a read finds by steps from u; or, to the bit, by half a one from a `repeated` v.

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from . import linalg
+from . import cpu, linalg
 from .division import without_autocast
 from .parametrization import SpectralNorm
 from .scopes import norms_of, without_scopes
@@ -157,10 +158,19 @@ def parameter_groups(model: nn.Module, **for_gains: Any) -> list[dict[str, Any]]
 def _stepwise(model: nn.Module) -> list[tuple[SpectralNorm, Tensor]]:
     """The different states with `update="step"`, and the Parameter behind each."""
     found = {}
-    for module in model.modules():
+    # Not `modules`, which is slower and goes into the parametrizations.
+    ahead: list[nn.Module] = [model]
+    while ahead:
+        module = ahead.pop()
+        children = module._modules
+        ahead += [
+            child
+            for child in children.values()
+            if child is not None and not isinstance(child, ParametrizationList)
+        ]
         for tensor, norm in norms_of(module):
             if norm.settings.update == "step":
-                lists: Any = module._modules["parametrizations"]
+                lists: Any = children["parametrizations"]
                 found[id(norm)] = (norm, lists[tensor].original)
     if not found:
         raise ValueError(
@@ -184,24 +194,47 @@ def _company(norm: SpectralNorm, weight: Tensor) -> Hashable:
 
 def _update_together(group: list[tuple[SpectralNorm, Tensor]]) -> None:
     """One update for states that are alike as `_company` tells."""
-    norm, weight = group[0]
-    settings = norm.settings
-    if len(group) < _WORTH_STACKING and all(n.is_one_number(w) for n, w in group):
-        with without_autocast(weight):
+    _, weight = group[0]
+    with without_autocast(weight):
+        if not all(norm.is_one_number(weight) for norm, weight in group):
+            _update_stacks(group)
+        elif len(group) >= _WORTH_STACKING:
+            _update_matrices(group)
+        else:
             for norm, weight in group:
                 norm.update_by_numbers(weight)
-        return
+
+
+def _update_stacks(group: list[tuple[SpectralNorm, Tensor]]) -> None:
+    """One update for any states that are alike, each with one block or several."""
+    settings = group[0][0].settings
     stacks = [stack_of(weight.detach(), norm.view) for norm, weight in group]
     us = [norm.u.to(stack.dtype) for (norm, _), stack in zip(group, stacks, strict=True)]
-    with without_autocast(weight):
-        for _ in range(settings.num_itrs):
-            found = _steps(stacks, us, settings.eps)
-            us = [u for u, _, _ in found]
-    buffers: list[Tensor] = []
+    for _ in range(settings.num_itrs):
+        found = _steps(stacks, us, settings.eps)
+        us = [u for u, _, _ in found]
     for (norm, weight), step in zip(group, found, strict=True):
         norm.begin_update(weight, Estimate(*step))
-        buffers += norm.stored()
-    torch._foreach_copy_(buffers, [x for step in found for x in step])  # at once on accelerators
+    _store(group, [x for step in found for x in step])
+
+
+def _update_matrices(group: list[tuple[SpectralNorm, Tensor]]) -> None:
+    """One update for states that are alike, where `is_one_number`."""
+    settings = group[0][0].settings
+    matrices = torch.stack([norm.derived.matrix_of(w, norm.view).matrix for norm, w in group])
+    u = torch.cat([norm.stored().u for norm, _ in group]).to(matrices.dtype)
+    for _ in range(settings.num_itrs):
+        u, v, sv = linalg.power_step(matrices, u, settings.eps)
+    vectors = u.squeeze(1).unbind(), v.squeeze(1).unbind()
+    for (norm, weight), sigma, t, x in zip(group, sv.squeeze(1).tolist(), *vectors, strict=True):
+        norm.begin_update(weight, cpu.Step(sigma, t, x, size=1.0, length=1.0))
+    parts = zip(*(torch.split(part, 1) for part in (u, v, sv)), strict=True)
+    _store(group, [x for part in parts for x in part])
+
+
+def _store(group: list[tuple[SpectralNorm, Tensor]], found: list[Tensor]) -> None:
+    """Write u, v and sv of each state into its buffers, at once on accelerators."""
+    torch._foreach_copy_([buffer for norm, _ in group for buffer in norm.stored()], found)
 
 
 def _steps(

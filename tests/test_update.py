@@ -73,6 +73,52 @@ def test_update_is_num_itrs_plain_steps_of_each_weight(options: dict[str, Any]) 
         torch.testing.assert_close(value, expected[name])
 
 
+CROWDS: dict[str, Callable[[], nn.Module]] = {
+    "wide": lambda: nn.Linear(7, 3),
+    "tall": lambda: nn.Linear(3, 7),
+    "convolution": lambda: nn.Conv2d(2, 4, 3),
+    "channels last": lambda: nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last),
+    "transposed": lambda: nn.ConvTranspose2d(2, 4, 3),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_itrs": 3}, {"gain": "learned"}], ids=str)
+@pytest.mark.parametrize("make", CROWDS.values(), ids=CROWDS)
+def test_a_crowd_of_layers_is_updated_as_each_of_them_alone(
+    make: Callable[[], nn.Module], options: dict[str, Any]
+) -> None:
+    crowd = nn.ModuleList(make().double() for _ in range(12))
+    snparam.convert_model(crowd, update="step", **options)
+    with torch.no_grad():
+        for layer in crowd:
+            layer.parametrizations.weight.original.mul_(torch.rand(()) + 0.5).add_(0.1)
+        crowd[3].parametrizations.weight.original.zero_()
+        crowd[5].parametrizations.weight.original.fill_(torch.nan)
+    alone = copy.deepcopy(crowd)
+    for _ in range(2):
+        snparam.update(crowd)
+        for layer in alone:
+            snparam.update(layer)
+        for at, pair in enumerate(zip(crowd, alone, strict=True)):
+            norms = [layer.parametrizations.weight[0] for layer in pair]
+            for name in ("u", "sv", "v")[: 2 if at == 5 else 3]:  # of NaN there is no v
+                torch.testing.assert_close(
+                    *(getattr(norm, name) for norm in norms), rtol=1e-12, atol=1e-14, equal_nan=True
+                )
+            upstream = torch.randn_like(pair[0].parametrizations.weight.original)
+            gradients = []
+            for layer in pair:
+                leaf, weight = layer.parametrizations.weight.original, layer.weight
+                gradients += torch.autograd.grad(weight, leaf, upstream)
+            torch.testing.assert_close(*(layer.weight for layer in pair), equal_nan=True)
+            torch.testing.assert_close(*gradients, equal_nan=True)
+            assert torch.isfinite(norms[0].u).all()
+            assert at == 5 or torch.isfinite(gradients[0]).all()
+            with torch.no_grad():
+                for layer in pair:
+                    layer.parametrizations.weight.original.add_(0.05)
+
+
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_forwards_between_updates_are_pure_and_weights_stay_normalised(make: Make) -> None:
     model = snparam.convert_model(Network(), update="step", num_itrs=2)
