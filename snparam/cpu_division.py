@@ -16,6 +16,7 @@ from .cpu import Matrix, as_it_lies, is_any_autocast_enabled
 from .division import Division, gradients_in_graph, without_autocast
 from .holders import ALONE, COUNTS_HOLDERS, is_alone, learn_what_alone_looks_like
 from .memory import Memory, Passes
+from .written import version_of
 
 # Names of this file's own, as in `cpu`.
 _modes: Any = torch._C._len_torch_dispatch_stack
@@ -49,7 +50,7 @@ def divide(
         scale = 1.0 / divisor
     else:
         # Rounded as γ is, so that a γ that was set to the divisor leaves the weight as it was.
-        scale = gain.item() / torch.tensor(divisor, dtype=gain.dtype).item()
+        scale = gain.item() / torch.tensor(divisor, dtype=gain.dtype, device="cpu").item()
     values, done = None, False
     if (
         of.is_large
@@ -97,7 +98,7 @@ class _Divide(torch.autograd.Function):
         into: tuple[Tensor | None, bool],
     ) -> Tensor:
         """To `into` the values go, and it says whether they are there already."""
-        versions = weight._version, None if gain is None else gain._version
+        versions = version_of(weight), None if gain is None else version_of(gain)
         ctx.made_of = weight, gain, by, of, scale, versions
         values, done = into
         if done and values is not None:
@@ -109,10 +110,10 @@ class _Divide(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gain, by, of, _, versions = ctx.made_of
-        if weight._version != versions[0]:
+        if version_of(weight) != versions[0]:
             raise _changed("weight", weight, versions[0])
         if _is_grad_enabled():
-            if gain is not None and gain._version != versions[1]:
+            if gain is not None and version_of(gain) != versions[1]:
                 raise _changed("gain", gain, versions[1])
             with without_autocast(grad):
                 return (*gradients_in_graph(grad, weight, gain, by), *_NO_GRADIENTS)
@@ -132,7 +133,7 @@ class _Divide(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Divide).apply
 
 
-def _changed(what: str, tensor: Tensor, version: int) -> RuntimeError:
+def _changed(what: str, tensor: Tensor, version: int | None) -> RuntimeError:
     return RuntimeError(
         f"SpectralNorm: a {what} of shape {tuple(tensor.shape)} that is needed for computing "
         "gradients has been changed by an in-place operation between the forward and the "

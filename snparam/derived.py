@@ -12,24 +12,26 @@ from .division import Division
 from .memory import Memory, Passes
 from .stacks import Estimate
 from .views import View
+from .written import Written
 
 
 class Derived:
     """Aliases, memory and numbers: neither copied nor saved, and computed anew when dropped.
 
     Attributes:
-        current: what the last update has found, in tensors that no update writes to.
+        current: what the last update has found, in tensors that no update writes to, after the
+            buffers as they were then.
         division: the same, ready to divide by, after the estimate that it was made of.
-        numbers: the same for one matrix on a CPU.
+        numbers: `current` for one matrix on a CPU, ready to divide by.
         matrix: the weight as a matrix.
         flat_u: the buffer u, and as a vector.
         memory: of the last normalised weight.
         passes: what passes between two updates share.
     """
 
-    current: Estimate | None
+    current: tuple[Written, Estimate] | None
     division: tuple[Estimate, Division] | None
-    numbers: Division | None
+    numbers: tuple[Written, Division] | None
     matrix: Matrix | None
     flat_u: tuple[Tensor, Tensor] | None
 

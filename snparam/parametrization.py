@@ -20,6 +20,7 @@ from .sharded import is_sharded
 from .stacks import Estimate, compute_dtype, is_finite, stack_of, step_from_v, steps_from_u
 from .views import View
 from .watching import Watch
+from .written import Written, may_be_kept
 
 _NO_READING = Reading()
 
@@ -94,6 +95,7 @@ class SpectralNorm(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> SpectralNorm:
         """What `.to()` and its like do."""
         self.derived.forget()
+        self.watch.forget()
         gain = None if self.settings.gain is None else self.gain.detach()
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if gain is not None and gain.dtype != self.gain.dtype and not self.gain.is_meta:
@@ -125,11 +127,11 @@ class SpectralNorm(nn.Module):
         """`forward`, for the layer that the weight is read from, where that is known."""
         mode: object
         shared = self.forwards.shared
-        if shared is not None and not is_grad_enabled() and type(weight) is nn.Parameter:
+        traced = is_compiling()
+        if shared and not traced and not is_grad_enabled() and type(weight) is nn.Parameter:
             value = shared.values.get(is_inference_mode_enabled())
             if value is not None:
                 return value
-        traced = is_compiling()
         if traced:
             reading = self.forwards.current_traced()
             mode = is_grad_enabled()
@@ -160,15 +162,12 @@ class SpectralNorm(nn.Module):
         Raises:
             ValueError: if the value has another shape or dtype, or is not finite.
         """
-        if tuple(value.shape) != self.view.shape:
-            raise ValueError(
-                f"SpectralNorm on {self.name} {self.view.shape}: assigned a tensor of shape "
-                f"{tuple(value.shape)}; assign one of shape {self.view.shape}"
-            )
+        shape, theirs = self.view.shape, tuple(value.shape)
+        what = f"SpectralNorm on {self.name} {shape}: assigned a tensor"
+        if theirs != shape:
+            raise ValueError(f"{what} of shape {theirs}; assign one of shape {shape}")
         if not is_finite(stack_of(value, self.view)):
-            raise ValueError(
-                f"SpectralNorm on {self.name} {self.view.shape}: assigned a tensor with NaN or inf"
-            )
+            raise ValueError(f"{what} with NaN or inf")
         self.refresh(value)
         return value
 
@@ -186,7 +185,7 @@ class SpectralNorm(nn.Module):
         self.forwards.last_v = None
         self.derived.forget()
         if self.settings.update == "step":
-            self.watch.behind = False
+            self.watch.know(weight)
             # u stays what it is, so that a state that was loaded is the state that is saved.
             found = self._step_from_u(weight)
             self._order = self.view.order_for(weight)
@@ -224,16 +223,18 @@ class SpectralNorm(nn.Module):
         """Whether a forward now moves the state."""
         return self.training and self.settings.update == "forward" and not self._frozen
 
-    def begin_update(self, weight: Tensor, found: Estimate | cpu.Step | None = None) -> None:
-        """Note that the buffers are about to be what was found for the weight as it is now."""
+    def note_update(self, weight: Tensor, found: Estimate | cpu.Step | None = None) -> None:
+        """Note that the buffers are now what was found for the weight as it is now."""
         order = self.view.order_for(weight)
         if order != self._order:  # a Module takes as long to set it as a small layer's update takes
             self._order = order
-        self.watch.weight_id, self.watch.behind = id(weight), False
+        self.watch.know(weight)
         derived = self.derived
         derived.forget_update()
-        derived.current = found if isinstance(found, Estimate) else None
-        derived.numbers = self._numbers(found) if isinstance(found, cpu.Step) else None
+        if isinstance(found, Estimate):
+            derived.current = Written(self._buffers), found
+        elif found is not None:
+            derived.numbers = Written(self._buffers), self._numbers(found)
 
     def is_one_number(self, weight: Tensor) -> bool:
         """Whether there is one σ, which can be read at no cost."""
@@ -246,7 +247,7 @@ class SpectralNorm(nn.Module):
         if math.isfinite(step.sigma):
             v: Any = self._buffers["v"]
             torch.div(step.x, step.length, out=v.view(-1))
-        self.begin_update(weight, step)
+        self.note_update(weight, step)
 
     # The weight itself
 
@@ -310,13 +311,15 @@ class SpectralNorm(nn.Module):
 
     def _last_numbers(self, weight: Tensor) -> Division:
         """By what the last update has found."""
-        by = self.derived.numbers
-        if by is None or self.watch.behind:
-            u, v, sv = self._current_step(weight)
-            by = self._numbers(cpu.Step(sv.item(), u.view(-1), v.view(-1), 1.0, 1.0))
-            self.derived.numbers = None if is_inference_mode_enabled() else by
-        self.watch.weight_id = id(weight)
-        return by
+        ready = self.derived.numbers
+        if ready is None or not ready[0].are_in(self._buffers):
+            if ready is not None:
+                self.watch.accept(weight)
+            written, (u, v, sv) = self._current_step(weight)
+            ready = written, self._numbers(cpu.Step(sv.item(), u.view(-1), v.view(-1), 1.0, 1.0))
+            self.derived.numbers = ready if may_be_kept() else None
+        self.watch.check(weight)
+        return ready[1]
 
     def _by_stacks(self, weight: Tensor, reading: Reading, traced: bool) -> Tensor:
         """Any weight, anywhere."""
@@ -343,12 +346,13 @@ class SpectralNorm(nn.Module):
 
     def _last_division(self, weight: Tensor) -> Division:
         """By what the last update has found."""
-        found = self._current_step(weight)
+        _, found = self._current_step(weight)
+        self.watch.check(weight)
         ready = self.derived.division
         if ready is None or ready[0] is not found:
             by = self._division(*found.first())
             ready = found, by._replace(filled=filled(by.divisor))
-            self.derived.division = None if is_inference_mode_enabled() else ready
+            self.derived.division = ready if may_be_kept() else None
         return ready[1]
 
     def _divided_by(self, by: Division, weight: Tensor) -> Tensor:
@@ -369,17 +373,18 @@ class SpectralNorm(nn.Module):
             repeated = kept(self, self.forwards.last_v)
         return False, repeated
 
-    def _current_step(self, weight: Tensor) -> Estimate:
-        """What the last update has found, without a product."""
-        self.watch.weight_id = id(weight)
-        if self.watch.behind:
-            self.watch.warn()
+    def _current_step(self, weight: Tensor) -> tuple[Written, Estimate]:
+        """What the last update has found, without a product, and the buffers that it is in."""
         if self.view.order_for(weight) != self._order:  # of v, which lies as the weight did
             self.derive(weight)
         current = self.derived.current
-        if current is None or current.u.device != weight.device:  # new, copied, loaded or moved
-            current = Estimate(*(x.to(compute_dtype(x.dtype), copy=True) for x in self.stored()))
-            self.derived.current = None if current.u.is_inference() else current
+        if current is None or not current[0].are_in(self._buffers):
+            # New, loaded or moved; or written to, as the weight is too where networks are averaged.
+            if current is not None:
+                self.watch.accept(weight)
+            found = Estimate(*(x.to(compute_dtype(x.dtype), copy=True) for x in self.stored()))
+            current = Written(self._buffers), found
+            self.derived.current = current if may_be_kept() else None
         return current
 
     def stored(self) -> Estimate:
@@ -411,5 +416,5 @@ class SpectralNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Options and shape, for printing."""
-        counts = f"num_svs={self.u.shape[1]}, num_itrs={self.settings.num_itrs}"
-        return f"{counts}, matrices={tuple(self.view.matrices)}"
+        k, steps, matrices = self.u.shape[1], self.settings.num_itrs, tuple(self.view.matrices)
+        return f"num_svs={k}, num_itrs={steps}, matrices={matrices}"

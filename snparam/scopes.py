@@ -43,11 +43,11 @@ def open_own_scope(owner: nn.Module) -> None:
     close_own_scope(owner)
     cls = type(owner)
     call: Any = cls.__call__
-    is_leaf = list(owner._modules) == ["parametrizations"]
-    pure = is_leaf and all(norm.settings.update == "step" for _, norm in norms_of(owner))
+    pure = all(norm.settings.update == "step" for _, norm in norms_of(owner))
 
     def scoped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if pure and self.training:  # which forward it is does not matter to what moves nothing
+        # Which forward it is does not matter to what moves nothing.
+        if pure and self.training and len(self._modules) == 1:
             return call(self, *args, **kwargs)
         if is_compiling():
             _begin(self, args)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -36,7 +35,8 @@ _WORTH_STACKING = 8
 def frozen(model: nn.Module) -> Iterator[None]:
     """Within it, no forward of the model moves a state of the power iteration.
 
-    Training forwards then use the weights that eval forwards use. For evaluation in training mode,
+    Training forwards then use the weights that eval forwards use (with `update="step"`: those of
+    the last update, which eval forwards take one step from). For evaluation in training mode,
     probes, and the second network of a gradient penalty. May be nested.
 
     Raises:
@@ -84,8 +84,15 @@ def update(model: nn.Module) -> None:
     Raises:
         ValueError: if the model has no weight registered with `update="step"`.
     """
+    stepwise = _stepwise(model)
+    if not stepwise:
+        raise _none_stepwise(model)
+    _update_all(stepwise)
+
+
+def _update_all(stepwise: list[tuple[SpectralNorm, Tensor]]) -> None:
     groups: dict[Hashable, list[tuple[SpectralNorm, Tensor]]] = {}
-    for norm, weight in _stepwise(model):
+    for norm, weight in stepwise:
         groups.setdefault(_company(norm, weight), []).append((norm, weight))
     for group in groups.values():
         _update_together(group)
@@ -99,8 +106,11 @@ def update_after_step(optimizer: Optimizer, model: nn.Module) -> RemovableHandle
             has it as `optimizer`, as accelerate's does.
         model: a network converted with `update="step"`.
 
+    All weights move together, whichever the optimizer trains: where several train one model, pass
+    the one that steps last.
+
     Returns:
-        A handle; its `remove()` ends it.
+        A handle; its `remove()` ends it. It does nothing once the model is restored.
 
     Raises:
         ValueError: if the model has no weight registered with `update="step"`, or the optimizer
@@ -110,15 +120,19 @@ def update_after_step(optimizer: Optimizer, model: nn.Module) -> RemovableHandle
     while "_optimizer_step_post_hooks" not in vars(stepping) and hasattr(stepping, "optimizer"):
         stepping = stepping.optimizer  # of a wrapper that calls no hooks itself
     trained = {id(parameter) for group in stepping.param_groups for parameter in group["params"]}
-    if not any(id(weight) in trained for _, weight in _stepwise(model)):
+    stepwise = _stepwise(model)
+    if not stepwise:
+        raise _none_stepwise(model)
+    if not any(id(weight) in trained for _, weight in stepwise):
         raise ValueError(
             f"update_after_step: the {type(optimizer).__name__} trains no weight of "
             f"{type(model).__name__} that is under SpectralNorm; pass the optimizer made of "
             "model.parameters()"
         )
 
+    @torch.no_grad()
     def after_step(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        update(model)
+        _update_all(_stepwise(model))  # none once the model is restored
 
     handle: RemovableHandle = stepping.register_step_post_hook(after_step)
     return handle
@@ -158,26 +172,28 @@ def parameter_groups(model: nn.Module, **for_gains: Any) -> list[dict[str, Any]]
 def _stepwise(model: nn.Module) -> list[tuple[SpectralNorm, Tensor]]:
     """The different states with `update="step"`, and the Parameter behind each."""
     found = {}
-    # Not `modules`, which is slower and goes into the parametrizations.
+    # Not `modules`, which is slower and goes into every SpectralNorm.
     ahead: list[nn.Module] = [model]
+    seen = set()
     while ahead:
         module = ahead.pop()
         children = module._modules
-        ahead += [
-            child
-            for child in children.values()
-            if child is not None and not isinstance(child, ParametrizationList)
-        ]
+        for child in children.values():
+            if child is not None and id(child) not in seen and type(child) is not SpectralNorm:
+                seen.add(id(child))
+                ahead.append(child)
         for tensor, norm in norms_of(module):
             if norm.settings.update == "step":
                 lists: Any = children["parametrizations"]
                 found[id(norm)] = (norm, lists[tensor].original)
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no weight registered with update='step'; "
-            "convert_model(model, update='step') first"
-        )
     return list(found.values())
+
+
+def _none_stepwise(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} has no weight registered with update='step'; "
+        "convert_model(model, update='step') first"
+    )
 
 
 def _company(norm: SpectralNorm, weight: Tensor) -> Hashable:
@@ -213,9 +229,9 @@ def _update_stacks(group: list[tuple[SpectralNorm, Tensor]]) -> None:
     for _ in range(settings.num_itrs):
         found = _steps(stacks, us, settings.eps)
         us = [u for u, _, _ in found]
-    for (norm, weight), step in zip(group, found, strict=True):
-        norm.begin_update(weight, Estimate(*step))
     _store(group, [x for step in found for x in step])
+    for (norm, weight), step in zip(group, found, strict=True):
+        norm.note_update(weight, Estimate(*step))
 
 
 def _update_matrices(group: list[tuple[SpectralNorm, Tensor]]) -> None:
@@ -225,11 +241,11 @@ def _update_matrices(group: list[tuple[SpectralNorm, Tensor]]) -> None:
     u = torch.cat([norm.stored().u for norm, _ in group]).to(matrices.dtype)
     for _ in range(settings.num_itrs):
         u, v, sv = linalg.power_step(matrices, u, settings.eps)
-    vectors = u.squeeze(1).unbind(), v.squeeze(1).unbind()
-    for (norm, weight), sigma, t, x in zip(group, sv.squeeze(1).tolist(), *vectors, strict=True):
-        norm.begin_update(weight, cpu.Step(sigma, t, x, size=1.0, length=1.0))
     parts = zip(*(torch.split(part, 1) for part in (u, v, sv)), strict=True)
     _store(group, [x for part in parts for x in part])
+    vectors = u.squeeze(1).unbind(), v.squeeze(1).unbind()
+    for (norm, weight), sigma, t, x in zip(group, sv.squeeze(1).tolist(), *vectors, strict=True):
+        norm.note_update(weight, cpu.Step(sigma, t, x, size=1.0, length=1.0))
 
 
 def _store(group: list[tuple[SpectralNorm, Tensor]], found: list[Tensor]) -> None:

@@ -37,7 +37,7 @@ LAYERS = [
     ["watching", "forwards", "recomputation", "constraint", "options", "classes", "reading"],
     ["derived"],
     ["cpu_division", "stacks"],
-    ["memory"],
+    ["memory", "written"],
     ["cpu", "holders"],
     ["division"],
     ["sharded"],

@@ -178,12 +178,14 @@ def test_forgetting_to_update_warns_once_for_each_layer_by_name(make: Make) -> N
         assert sum(name in message and "update_after_step" in message for message in messages) == 1
 
 
-def test_compiled_forwards_warn_too() -> None:
+@pytest.mark.parametrize("updated", [True, False])
+def test_compiled_forwards_warn_too(updated: bool) -> None:
     # A compiled forward does not look; the second optimizer step without an update does.
     model = snparam.convert_model(nn.Sequential(nn.Linear(4, 4)), update="step")
     compiled = torch.compile(model, backend="eager")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    snparam.update(model)
+    if updated:
+        snparam.update(model)
 
     def train() -> None:
         for _ in range(3):

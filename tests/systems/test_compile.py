@@ -71,6 +71,16 @@ def test_compiled_training_and_eval_equal_eager(options: dict[str, Any]) -> None
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_cached_networks_are_compiled_whole(mode: Any) -> None:
+    model = snparam.convert_model(Network()).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    expected = model(X).detach()
+    with mode(), snparam.cached(model):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(X), expected)
+
+
 @pytest.mark.parametrize("bake", [False, True])
 def test_exported_programs_equal_eager(bake: bool) -> None:
     model = snparam.convert_model(Network()).eval()

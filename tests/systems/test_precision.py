@@ -6,6 +6,8 @@ import copy
 import multiprocessing
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,6 +26,24 @@ def network() -> nn.Sequential:
 
 
 X = torch.linspace(-1, 1, 5 * 16).reshape(5, 16)
+
+
+def run_in_threads(*runs: Callable[[], object]) -> None:
+    """Run all at once, with as many threads of torch's for each as the main thread has.
+
+    A product's last bits depend on their number, also in a network that is not normalised.
+    """
+
+    def alike(run: Callable[[], object]) -> None:
+        torch.set_num_threads(number)
+        run()
+
+    number = torch.get_num_threads()
+    threads = [threading.Thread(target=alike, args=(run,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def norms(model: nn.Module) -> list[float]:
@@ -145,11 +165,7 @@ def test_threads_share_a_model_in_eval() -> None:
             with torch.no_grad():
                 found.append(model(X))
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(*[run] * 4)
     assert len(found) == 80
     assert all(torch.equal(output, expected) for output in found)
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
@@ -179,16 +195,22 @@ def test_replicas_in_threads_do_what_the_model_does(
 
     for _ in range(3):
         replicas = enumerate(nn.parallel.replicate(model, [0, 1, 2]))
-        threads = [threading.Thread(target=run, args=each) for each in replicas]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_in_threads(*[partial(run, *each) for each in replicas])
         expected = alone(X)
         assert len(found) == 3
         assert all(torch.equal(found.pop(index), expected) for index in range(3))
         for a, b in zip(model.buffers(), alone.buffers(), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_svs": 2}, {"update": "step"}], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_networks_made_in_inference_mode_are_read(options: dict[str, Any], training: bool) -> None:
+    # Their tensors count no versions.
+    model = snparam.convert_model(network(), **options).train(training)
+    with torch.inference_mode():
+        made = copy.deepcopy(model)
+        assert torch.equal(made(X), copy.deepcopy(model)(X))
 
 
 def test_inference_mode_then_training() -> None:
