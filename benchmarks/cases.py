@@ -19,6 +19,9 @@ from .timing import Spread, Times, interleaved
 AGAINST_TORCH = "torch's parametrization"
 AGAINST_HOOK = "torch's hook"
 AGAINST_SEQUENTIAL = "sequential Gram-Schmidt"
+# What a block iteration multiplies by BLAS, without the orthonormalisation.
+PRODUCTS = "its two products alone"
+
 AGAINST_ADDED = "added by torch's"
 
 Shape = tuple[int, ...]
@@ -77,6 +80,8 @@ def many_values(setup: Setup) -> Iterator[Row]:
             yield Row(
                 case, AGAINST_SEQUENTIAL, ratio, reach, True, times.medians(), "seconds", note
             )
+            floor, medians = times.ratio(SEQUENTIAL, PRODUCTS), times.medians()
+            yield Row(_of(case, PRODUCTS), AGAINST_SEQUENTIAL, floor, None, True, medians)
             if count == 8:
                 grad = torch.randn(shape, device=setup.device)
                 runs = {
@@ -92,6 +97,7 @@ def many_values(setup: Setup) -> Iterator[Row]:
 def _iterations(matrix: Tensor, count: int) -> dict[str, work.Work]:
     """New u, v and singular values of a matrix, as a block and vector by vector."""
     start = torch.randn(count, matrix.shape[0], device=matrix.device)
+    right = torch.randn(1, count, matrix.shape[1], device=matrix.device)
 
     def block() -> None:
         linalg.power_step(matrix[None], start[None])
@@ -101,7 +107,11 @@ def _iterations(matrix: Tensor, count: int) -> dict[str, work.Work]:
         for u, v in zip(us, vs, strict=True):
             u @ matrix @ v
 
-    return {OURS: block, SEQUENTIAL: vectors}
+    def products() -> None:
+        linalg.left_product(matrix[None], start[None])
+        linalg.right_product(matrix[None], right)
+
+    return {OURS: block, SEQUENTIAL: vectors, PRODUCTS: products}
 
 
 def training_steps(setup: Setup) -> Iterator[Row]:
@@ -115,7 +125,7 @@ def training_steps(setup: Setup) -> Iterator[Row]:
             BARE: work.training_step(bare.in_training(source), x),
             LEAST: work.training_step(bare.least(source), x),
         }
-        times = interleaved(runs, setup.fewer(2), setup.device)
+        times = interleaved(runs, setup.rounds, setup.device)
         yield from _added(f"training step, {name}", times, 1 / 3)
 
 
@@ -145,7 +155,7 @@ def accumulated_steps(setup: Setup, passes: int = 4) -> Iterator[Row]:
             BARE: work.training_step(bare.in_training(source, passes, stepwise=True), x, passes),
             LEAST: work.training_step(bare.least(source, passes, stepwise=True), x, passes),
         }
-        times = interleaved(runs, setup.fewer(4), setup.device, warm_up=1)
+        times = interleaved(runs, setup.fewer(2), setup.device, warm_up=1)
         yield from _added(f"update='step', {passes} passes, {name}", times, 1 / 5)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -77,9 +78,16 @@ def machine(setup: Setup) -> dict[str, str]:
 def kind(setup: Setup) -> str:
     """What results of this kind of machine are filed under."""
     if setup.device == "cuda":
-        name = torch.cuda.get_device_name().lower()
-        return "cuda-" + "-".join("".join(c if c.isalnum() else " " for c in name).split())
-    return f"cpu-{torch.get_num_threads()}-threads"
+        return f"cuda-{_slug(torch.cuda.get_device_name())}"
+    processor = _slug(_processor_name()) or "unknown"
+    return f"cpu-{processor}-{torch.get_num_threads()}-threads"
+
+
+def _slug(name: str) -> str:
+    """The words of a product's name, as a file's name: without marks and what all are."""
+    name = name.lower().replace("(r)", " ").replace("(tm)", " ")
+    words = "".join(c if c.isalnum() else " " for c in name).split()
+    return "-".join(word for word in words if word not in ("cpu", "processor"))
 
 
 def as_data(
@@ -134,7 +142,8 @@ unconverted model. Rows without a target are for looking. Two kinds of them have
 bare operations are what two products, a division, a dot product and a rank-one update take by
 themselves, and so how far this machine lets anything get that takes them one after another; the
 least function is one autograd Function in Python around them, without any check, state or rule, and
-so how far it lets anything get that is written in Python. Medians of each are in
+so how far it lets anything get that is written in Python. Of an iteration with several vectors, its
+two products alone are what BLAS takes for them. Medians of each are in
 [{path.stem}.json]({path.stem}.json).
 
 {about}
@@ -156,9 +165,13 @@ Checked in the same run:
 
 
 def _processor() -> str:
+    return f"{_processor_name()}, {os.cpu_count()} logical cores"
+
+
+def _processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     names = [text.partition(":")[2].strip() for text in lines if text.startswith("model name")]
-    return f"{names[0]}, {len(names)} logical cores" if names else platform.processor()
+    return names[0] if names else platform.processor()

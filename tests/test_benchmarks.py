@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import __main__, bare, cases, models, peers, timing, work
+from benchmarks import __main__, bare, cases, models, peers, report, timing, work
 from benchmarks.memory import peak_extra
-from benchmarks.rows import Row
+from benchmarks.rows import Row, Setup
 from benchmarks.timing import WARM_UP, Spread, Times, interleaved
 
 
@@ -56,7 +56,8 @@ def test_every_case_is_in_the_results_as_a_ratio(
     recorded: Path, data: dict[str, Any], case: str, against: str, reach: float | None
 ) -> None:
     found = [r for r in data["rows"] if r["case"].startswith(case) and r["against"] == against]
-    (row,) = [r for r in found if not r["case"].endswith((bare.BARE, bare.LEAST))]
+    floors = (bare.BARE, bare.LEAST, cases.PRODUCTS)
+    (row,) = [r for r in found if not r["case"].endswith(floors)]
     assert row["reach"] == reach
     assert len(row["medians"]) >= 2
     assert all(median > 0 for median in row["medians"].values())
@@ -277,6 +278,23 @@ def test_reading_and_going_backward_moves_every_peer_and_leaves_no_gradient(
     assert parameter.grad is None
 
 
+@pytest.mark.parametrize(
+    ("processor", "slug"),
+    [
+        ("Intel(R) Xeon(R) Processor", "intel-xeon"),
+        ("AMD EPYC", "amd-epyc"),
+        ("Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz", "intel-core-i7-9750h-2-60ghz"),
+        ("", "unknown"),
+    ],
+)
+def test_results_are_filed_by_kind_of_machine(
+    processor: str, slug: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_processor_name", lambda: processor)
+    setup = Setup("cpu", rounds=1, quick=True)
+    assert report.kind(setup) == f"cpu-{slug}-{torch.get_num_threads()}-threads"
+
+
 def test_peak_memory_counts_what_is_held_at_once() -> None:
     def run() -> None:
         a = torch.empty(1000, dtype=torch.float64)
@@ -286,3 +304,36 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
         del b, c
 
     assert 12_000 <= peak_extra(run, "cpu") < 12_600
+
+
+# README's rows, in order: what is measured, and how many decimals are quoted.
+QUOTED = [
+    ("read + backward, 4096x1024", "torch's parametrization", 1),
+    ("read + backward, 50257x768", "torch's parametrization", 1),
+    ("read + backward, 256x256x3x3", "torch's parametrization", 1),
+    ("read + backward, 64x64", "torch's parametrization", 1),
+    ("iteration, num_svs=8, 4096x1024", "sequential Gram-Schmidt", 1),
+    ("iteration, num_svs=8, 2048x512", "sequential Gram-Schmidt", 1),
+    ("training step, GPT-2 blocks, 4 x 768", "added by torch's", 2),
+    ("training step, ResNet-50", "added by torch's", 2),
+    ("training step, ViT, 6 x 384", "added by torch's", 2),
+    ("update='step', 4 passes, ResNet-50", "added by torch's", 2),
+    ("update='step', 4 passes, ViT, 6 x 384", "added by torch's", 2),
+    ("eval, cached, ResNet-50", "unconverted", 2),
+    ("peak extra memory, 4096x4096", "torch's parametrization", 2),
+    ("converting ResNet-50", "float64 svdvals of each", 1),
+]
+ROOT = Path(__file__).parents[1]
+PROCESSORS = ["cpu-intel-xeon-2-threads", "cpu-amd-epyc-2-threads"]
+
+
+@pytest.mark.parametrize(("column", "name"), [(-2, PROCESSORS[0]), (-1, PROCESSORS[1])])
+def test_readme_quotes_what_was_recorded(column: int, name: str) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## Cost\n")[1].split("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:2] == "| "]
+    quoted = [cells[column] for cells in lines[2:]]
+    recorded = json.loads((__main__.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    ratios = {(row["case"], row["against"]): row["ratio"] for row in recorded["rows"]}
+    expected = [f"{ratios[case, against]:.{digits}f}" for case, against, digits in QUOTED]
+    assert quoted == expected
