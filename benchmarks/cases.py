@@ -19,10 +19,10 @@ from .timing import Spread, Times, interleaved
 AGAINST_TORCH = "torch's parametrization"
 AGAINST_HOOK = "torch's hook"
 AGAINST_SEQUENTIAL = "sequential Gram-Schmidt"
+AGAINST_ADDED = "added by torch's"
+
 # What a block iteration multiplies by BLAS, without the orthonormalisation.
 PRODUCTS = "its two products alone"
-
-AGAINST_ADDED = "added by torch's"
 
 Shape = tuple[int, ...]
 

@@ -223,7 +223,7 @@ class SpectralNorm(nn.Module):
         """Whether a forward now moves the state."""
         return self.training and self.settings.update == "forward" and not self._frozen
 
-    def note_update(self, weight: Tensor, found: Estimate | cpu.Step | None = None) -> None:
+    def note_update(self, weight: Tensor, found: Estimate | cpu.Step) -> None:
         """Note that the buffers are now what was found for the weight as it is now."""
         order = self.view.order_for(weight)
         if order != self._order:  # a Module takes as long to set it as a small layer's update takes
@@ -232,9 +232,9 @@ class SpectralNorm(nn.Module):
         derived = self.derived
         derived.forget_update()
         if isinstance(found, Estimate):
-            derived.current = Written(self._buffers), found
-        elif found is not None:
-            derived.numbers = Written(self._buffers), self._numbers(found)
+            derived.current = Written(self.stored()), found
+        else:
+            derived.numbers = Written(self.stored()), self._numbers(found)
 
     def is_one_number(self, weight: Tensor) -> bool:
         """Whether there is one σ, which can be read at no cost."""
@@ -312,7 +312,7 @@ class SpectralNorm(nn.Module):
     def _last_numbers(self, weight: Tensor) -> Division:
         """By what the last update has found."""
         ready = self.derived.numbers
-        if ready is None or not ready[0].are_in(self._buffers):
+        if ready is None or not ready[0].are(self.stored()):
             if ready is not None:
                 self.watch.accept(weight)
             written, (u, v, sv) = self._current_step(weight)
@@ -378,12 +378,12 @@ class SpectralNorm(nn.Module):
         if self.view.order_for(weight) != self._order:  # of v, which lies as the weight did
             self.derive(weight)
         current = self.derived.current
-        if current is None or not current[0].are_in(self._buffers):
+        if current is None or not current[0].are(self.stored()):
             # New, loaded or moved; or written to, as the weight is too where networks are averaged.
             if current is not None:
                 self.watch.accept(weight)
             found = Estimate(*(x.to(compute_dtype(x.dtype), copy=True) for x in self.stored()))
-            current = Written(self._buffers), found
+            current = Written(self.stored()), found
             self.derived.current = current if may_be_kept() else None
         return current
 

@@ -74,7 +74,6 @@ def cached(model: nn.Module) -> Iterator[None]:
             norm.forwards.share(False)
 
 
-@torch.no_grad()
 def update(model: nn.Module) -> None:
     """Move every state with `update="step"` by `num_itrs` steps, on the weights as they are now.
 
@@ -84,12 +83,10 @@ def update(model: nn.Module) -> None:
     Raises:
         ValueError: if the model has no weight registered with `update="step"`.
     """
-    stepwise = _stepwise(model)
-    if not stepwise:
-        raise _none_stepwise(model)
-    _update_all(stepwise)
+    _update_all(_stepwise(model))
 
 
+@torch.no_grad()
 def _update_all(stepwise: list[tuple[SpectralNorm, Tensor]]) -> None:
     groups: dict[Hashable, list[tuple[SpectralNorm, Tensor]]] = {}
     for norm, weight in stepwise:
@@ -120,19 +117,15 @@ def update_after_step(optimizer: Optimizer, model: nn.Module) -> RemovableHandle
     while "_optimizer_step_post_hooks" not in vars(stepping) and hasattr(stepping, "optimizer"):
         stepping = stepping.optimizer  # of a wrapper that calls no hooks itself
     trained = {id(parameter) for group in stepping.param_groups for parameter in group["params"]}
-    stepwise = _stepwise(model)
-    if not stepwise:
-        raise _none_stepwise(model)
-    if not any(id(weight) in trained for _, weight in stepwise):
+    if not any(id(weight) in trained for _, weight in _stepwise(model)):
         raise ValueError(
             f"update_after_step: the {type(optimizer).__name__} trains no weight of "
             f"{type(model).__name__} that is under SpectralNorm; pass the optimizer made of "
             "model.parameters()"
         )
 
-    @torch.no_grad()
     def after_step(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        _update_all(_stepwise(model))  # none once the model is restored
+        _update_all(_find_stepwise(model))  # none once the model is restored
 
     handle: RemovableHandle = stepping.register_step_post_hook(after_step)
     return handle
@@ -170,6 +163,17 @@ def parameter_groups(model: nn.Module, **for_gains: Any) -> list[dict[str, Any]]
 
 
 def _stepwise(model: nn.Module) -> list[tuple[SpectralNorm, Tensor]]:
+    """`_find_stepwise`, of which there has to be one."""
+    found = _find_stepwise(model)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no weight registered with update='step'; "
+            "convert_model(model, update='step') first"
+        )
+    return found
+
+
+def _find_stepwise(model: nn.Module) -> list[tuple[SpectralNorm, Tensor]]:
     """The different states with `update="step"`, and the Parameter behind each."""
     found = {}
     # Not `modules`, which is slower and goes into every SpectralNorm.
@@ -187,13 +191,6 @@ def _stepwise(model: nn.Module) -> list[tuple[SpectralNorm, Tensor]]:
                 lists: Any = children["parametrizations"]
                 found[id(norm)] = (norm, lists[tensor].original)
     return list(found.values())
-
-
-def _none_stepwise(model: nn.Module) -> ValueError:
-    return ValueError(
-        f"{type(model).__name__} has no weight registered with update='step'; "
-        "convert_model(model, update='step') first"
-    )
 
 
 def _company(norm: SpectralNorm, weight: Tensor) -> Hashable:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,22 +24,17 @@ class Written:
 
     __slots__ = ("_sv", "_u", "_v", "_versions")
 
-    def __init__(self, buffers: dict[str, Tensor | None]) -> None:
+    def __init__(self, stored: tuple[Tensor, Tensor, Tensor]) -> None:
         """Note u, v and sv as they are."""
-        u, v, sv = _three(buffers)
-        self._u, self._v, self._sv = u, v, sv
+        self._u, self._v, self._sv = u, v, sv = stored
         self._versions = version_of(u), version_of(v), version_of(sv)
 
-    def are_in(self, buffers: dict[str, Tensor | None]) -> bool:
-        """Whether they are there still and have not been written to."""
-        u, v, sv = _three(buffers)
+    def are(self, stored: tuple[Tensor, Tensor, Tensor]) -> bool:
+        """Whether they are the same still and have not been written to."""
+        u, v, sv = stored
         return (
             sv is self._sv
             and u is self._u
             and v is self._v
             and (version_of(u), version_of(v), version_of(sv)) == self._versions
         )
-
-
-def _three(buffers: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return buffers["u"], buffers["v"], buffers["sv"]

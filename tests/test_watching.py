@@ -173,10 +173,12 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-def step_with_closures(model: nn.Module, optimizer: torch.optim.Optimizer, times: int) -> None:
+def step_with_closures(
+    model: nn.Module, optimizer: torch.optim.Optimizer, times: int, x: Tensor = X
+) -> None:
     def closure() -> float:
         optimizer.zero_grad()
-        loss = model(X).square().mean()
+        loss = model(x).square().mean()
         loss.backward()
         return loss.item()
 
@@ -215,14 +217,7 @@ def test_shared_passes_end_with_the_step_that_a_closure_has_begun_them_in() -> N
     optimizer = torch.optim.Adam(model.parameters(), 0.01, fused=True)
     snparam.update_after_step(optimizer, model)
     x = torch.ones(2, 256)
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        return loss.item()
-
-    optimizer.step(closure)
+    step_with_closures(model, optimizer, 1, x)
     assert torch.equal(model(x), copy.deepcopy(model)(x))
 
 
