@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from . import curves, report
+from snparam import curves, report
+from snparam.layers.rows import Setup
+
 from .cases import CASES
-from .rows import Setup
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 41

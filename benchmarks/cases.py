@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 import snparam
-from snparam import linalg
+from snparam import bare, models, peers, work
+from snparam.constraints import memory
+from snparam.layers.rows import Row, Setup
+from snparam.matrices import linalg
 
-from . import bare, memory, models, peers, work
 from .bare import BARE, LEAST
 from .peers import HOOK, OURS, PLAIN, SEQUENTIAL, TORCH
-from .rows import Row, Setup
 from .timing import Spread, Times, interleaved
 
 AGAINST_TORCH = "torch's parametrization"

@@ -9,9 +9,10 @@ from statistics import median
 
 import torch
 
-from . import models, peers, work
+from snparam import models, peers, work
+from snparam.layers.rows import Setup
+
 from .peers import HOOK, OURS, OURS_STEPWISE, PLAIN, SEQUENTIAL, TORCH
-from .rows import Setup
 from .timing import interleaved
 
 # One look for each contender, the same in every panel.

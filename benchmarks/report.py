@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 import snparam
-from snparam.tables import aligned
+from snparam.conversion.tables import aligned
+from snparam.layers.rows import Row, Setup
 
 from .curves import Curves
-from .rows import Row, Setup
 
 _HEADER = ["case", "against", "reach", "ratio", "quartiles", ""]
 

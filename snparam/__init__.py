@@ -1,14 +1,27 @@
 """snparam: hold the spectral norm of a PyTorch network's weights."""
 
-from .checkpoints import plain_state_dict, state_dict_for
-from .conversion import convert_model, plan_conversion, restore_model
-from .layertypes import register_layer_type
-from .parametrization import SpectralNorm
-from .plan import ConversionPlan
-from .registration import register_sn, remove_sn
-from .spectrum import singular_values, verify
-from .training import cached, frozen, parameter_groups, update, update_after_step
-from .views import Layout
+from snparam.checkpoints.save import plain_state_dict, state_dict_for
+from snparam.conversion.convert import convert_model, plan_conversion
+from snparam.conversion.plan import ConversionPlan
+from snparam.conversion.register import register_sn, remove_sn
+from snparam.conversion.restore import restore_model
+from snparam.layers.register import register_layer_type
+from snparam.matrices.views import Layout
+from snparam.parametrization.spectral_norm import SpectralNorm
+from snparam.parametrization.training import (
+    cached,
+    frozen,
+    parameter_groups,
+    update,
+    update_after_step,
+)
+from snparam.spectrum.values import singular_values, verify
+from snparam.systems import (  # noqa: F401 - these register themselves
+    peft,
+    pickling,
+    save_pretrained,
+    tied_weights,
+)
 
 __version__ = "0.1.0"
 

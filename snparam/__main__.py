@@ -2,7 +2,7 @@
 
 import sys
 
-from snparam.cli import main
+from snparam.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

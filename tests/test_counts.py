@@ -155,7 +155,8 @@ def network(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
 
 def steps_counted(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> int:
     """How many power-iteration steps a call takes, of either kind."""
-    from snparam import cpu, linalg
+    from snparam.constraints import cpu
+    from snparam.matrices import linalg
 
     taken = 0
 
@@ -232,7 +233,7 @@ def kernels(run: Callable[[], object]) -> int:
 @pytest.fixture
 def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done on accelerators, where no number is read, done on a CPU."""
-    from snparam import cpu
+    from snparam.constraints import cpu
 
     monkeypatch.setattr(cpu, "is_here", lambda _: False)
 

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .assertions import assert_converted, assert_same_function, assert_spectral_norm
-from .inputs import Network, example_inputs
+from snparam.testing.assertions import assert_converted, assert_same_function, assert_spectral_norm
+from snparam.testing.inputs import Network, example_inputs
 
 if TYPE_CHECKING:
-    from .network_strategies import networks
-    from .strategies import layers, weights
+    from snparam.testing.network_strategies import networks
+    from snparam.testing.strategies import layers, weights
 
 __all__ = [
     "Network",
@@ -50,6 +50,6 @@ def __getattr__(name: str) -> Any:
         raise ImportError(
             f"snparam.testing.{name} needs Hypothesis: pip install 'snparam[testing]'"
         ) from None
-    from . import network_strategies, strategies
+    from snparam.testing import network_strategies, strategies
 
     return getattr(network_strategies if name == "networks" else strategies, name)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .. import convergence
-from ..conversion import plan_conversion
-from ..options import Settings
-from ..plan import ALREADY, CONVERT, REFUSE, Site, sites_of
-from ..registration import read_as_eval
-from ..scopes import norm_on
-from ..selection import Filter, Selection, Selectors
+from snparam.conversion.convert import plan_conversion
+from snparam.conversion.plan import ALREADY, CONVERT, REFUSE, Site, sites_of
+from snparam.conversion.selection import Filter, Selection, Selectors
+from snparam.estimators import convergence
+from snparam.parametrization.attachment import read_as_eval
+from snparam.parametrization.find import norm_on
+from snparam.parametrization.options import Settings
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from .inputs import Network
-from .strategies import LAYER_SPECTRA, Draw, check_choice, made_layer
+from snparam.testing.inputs import Network
+from snparam.testing.strategies import LAYER_SPECTRA, Draw, check_choice, made_layer
 
 
 def networks(

@@ -10,8 +10,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ..layers import weights_of
-from .tensors import DTYPES, FORMATS, SPECTRA, weight_with
+from snparam.layers.table import weights_of
+from snparam.testing.tensors import DTYPES, FORMATS, SPECTRA, weight_with
 
 Draw: TypeAlias = Any  # hypothesis's DrawFn, whose own type hides the result's
 Shapes: TypeAlias = st.SearchStrategy[tuple[int, ...]] | Sequence[tuple[int, ...]] | None

@@ -14,7 +14,7 @@ import transformers as hf
 from transformers.pytorch_utils import Conv1D
 
 import snparam
-from snparam.layers import weights_of
+from snparam.layers.table import weights_of
 
 
 def views(module: nn.Module, blocks: Any = None) -> dict[str, Tensor]:
@@ -127,8 +127,8 @@ def test_every_parameter_of_three_dimensions_called_experts_is_known() -> None:
     import re
     from pathlib import Path
 
-    from snparam.rows import qualified
-    from snparam.thirdparty import ROWS
+    from snparam.layers.rows import qualified
+    from snparam.layers.thirdparty import ROWS
 
     models = Path(inspect.getfile(hf)).parent / "models"
     seen = 0

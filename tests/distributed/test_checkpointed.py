@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import snparam
-from snparam import cpu
+from snparam.constraints import cpu
 
 from .ranks import assert_bit_equal, assert_same, on_ranks
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import snparam
-from snparam import sharded
+from snparam.matrices import sharded
 
 from .ranks import on_ranks
 

@@ -24,10 +24,10 @@ from torch.distributed.tensor.parallel import (
 )
 
 import snparam
-from snparam import convergence
-from snparam.division import Division, divide
-from snparam.sharded import ShardedStack
-from snparam.views import Layout
+from snparam.constraints.division import Division, divide
+from snparam.estimators import convergence
+from snparam.matrices.sharded import ShardedStack
+from snparam.matrices.views import Layout
 
 from .ranks import assert_same, on_ranks
 

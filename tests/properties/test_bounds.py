@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from holder import exact, held, matrix_of, norm_of, original_of, used
+from helpers.holder import exact, held, matrix_of, norm_of, original_of, used
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from snparam import convergence
+from snparam.estimators import convergence
 from snparam.testing import weights
 from snparam.testing.tensors import SPECTRA, weight_with
 

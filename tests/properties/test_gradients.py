@@ -8,20 +8,20 @@ given u and v, from the division that layers use; its value follows W, as finite
 
 import pytest
 import torch
-from holder import held, norm_of, original_of
+from helpers.holder import held, norm_of, original_of
+from helpers.reference import Layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Layer
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import snparam
-from snparam import cpu, cpu_division
-from snparam.division import Division, divide
-from snparam.memory import Memory
+from snparam.constraints import cpu, cpu_division
+from snparam.constraints.division import Division, divide
+from snparam.constraints.memory import Memory
+from snparam.matrices.views import Layout
 from snparam.testing import example_inputs, layers, weights
 from snparam.testing.tensors import weight_with
-from snparam.views import Layout
 
 # torch's own: about what it does itself at the first use of forward mode, and about `Bilinear`.
 pytestmark = [

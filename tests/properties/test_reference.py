@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.reference import EPS, Layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import EPS, Layer
 from torch import Tensor, nn
 
 from snparam import SpectralNorm, register_sn

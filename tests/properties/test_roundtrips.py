@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from holder import exact
+from helpers.holder import exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from same import assert_same_gradients_and_states
+from helpers.same import assert_same_gradients_and_states
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from same import assert_same_gradients_and_states
+from helpers.same import assert_same_gradients_and_states
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import snparam
+from snparam.matrices import linalg
 
 
 class Network(nn.Module):
@@ -192,7 +193,7 @@ def test_large_weights_are_compiled_and_exported_whole(num_svs: int) -> None:
     """Eagerly their products are parted among threads, which a graph cannot count."""
     torch._dynamo.reset()
     eager = snparam.convert_model(nn.Linear(512, 1024), num_svs, init="random")
-    assert eager.weight.numel() >= snparam.linalg._WORTH_PARTING
+    assert eager.weight.numel() >= linalg._WORTH_PARTING
     x = torch.linspace(0, 9, 2 * 512).sin().view(2, 512)
     compiled = copy.deepcopy(eager)
     exported = torch.export.export(copy.deepcopy(eager), (x,)).module()

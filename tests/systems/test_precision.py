@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import snparam
+from snparam.matrices import linalg
 
 
 def network() -> nn.Sequential:
@@ -300,7 +301,7 @@ def test_a_gradient_penalty_equals_one_of_the_weights_written_out() -> None:
 
     def written(layer: nn.Module, h: Tensor) -> Tensor:
         list_ = layer.parametrizations.weight
-        u, v, _ = snparam.linalg.power_step(list_.original.detach()[None], list_[0].u)
+        u, v, _ = linalg.power_step(list_.original.detach()[None], list_[0].u)
         sigma = u[0, 0] @ list_.original @ v[0, 0]
         return nn.functional.linear(h, list_.original / sigma, layer.bias)
 

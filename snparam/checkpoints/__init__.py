@@ -1,0 +1,1 @@
+"""The state of normalised weights under other names in state dicts. Knows no files."""

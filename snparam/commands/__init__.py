@@ -1,0 +1,1 @@
+"""The shell: each command parses, calls what is public, and prints."""

@@ -1,0 +1,48 @@
+"""The way back: an ordinary network, with the normalised weights or the original ones."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from snparam.parametrization.attachment import detach, read_as_eval
+from snparam.parametrization.baking import check_alone, check_shared
+from snparam.parametrization.extensions import SYSTEMS
+from snparam.parametrization.find import norms_of
+from snparam.parametrization.scopes import close_scope
+from snparam.parametrization.undoing import all_or_nothing
+
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+
+
+def restore_model(model: _ModuleT, bake: bool = True) -> _ModuleT:
+    """Leave an ordinary network behind: the same Parameters, the original classes, plain keys.
+
+    Args:
+        model: a network with SpectralNorm on some of its weights, changed back in place. A network
+            without any is left as it is.
+        bake: True (the default) leaves the normalised weights, to the bit those that eval mode
+            uses, without a further step. False leaves the original parameters, to the bit.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if a weight carries another parametrization as well, or, with `bake=True`, is
+            shared with a module that uses it as it is; nothing has been changed.
+    """
+    carriers = [(m, tensor) for m in model.modules() for tensor, _ in norms_of(m)]
+    for module, tensor in carriers:
+        check_alone(module, tensor)
+    if bake:
+        check_shared(model)
+    values = [read_as_eval(module, tensor) if bake else None for module, tensor in carriers]
+    with all_or_nothing(model.modules()):
+        for (module, tensor), value in zip(carriers, values, strict=True):
+            detach(module, tensor, value)
+        for module in model.modules():
+            close_scope(module)
+        for system in SYSTEMS:
+            system.on_restore(model)
+    return model

@@ -1,0 +1,98 @@
+"""torch's own normalisations of a weight, and how they are recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from snparam.layers.torch_reading import left_vector, torch_sigma
+from snparam.matrices.views import View
+
+_SPECTRAL = "torch's spectral norm"
+_WEIGHT_NORM = "torch's weight_norm, which sets the length of every row"
+# What torch's parametrizations do, by the name of their class, which is private.
+_KINDS = {
+    "_SpectralNorm": _SPECTRAL,
+    "_WeightNorm": _WEIGHT_NORM,
+    "_Orthogonal": "torch's orthogonal, whose singular values are 1 already",
+}
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """torch's spectral norm on a tensor, as a parametrization or as the deprecated hook.
+
+    Attributes:
+        owner: the module that has the tensor.
+        name: name of the tensor in it.
+        original: the Parameter behind the tensor.
+        u: torch's estimate of the left singular vector of its matrix.
+        v: of the right one.
+        axis: the axis that counts the rows of its matrix.
+        hook: the deprecated hook, or None for a parametrization.
+    """
+
+    owner: nn.Module
+    name: str
+    original: Tensor
+    u: Tensor
+    v: Tensor
+    axis: int
+    hook: SpectralNorm | None
+
+    def left_vector(self, view: View) -> Tensor | None:
+        """Its u as that of a view, (1, 1, m), or None if it is of other matrices or not finite."""
+        found = left_vector(view, self.axis, self.u, self.v)
+        return found if found is not None and bool(found.isfinite().all()) else None
+
+    def sigma(self) -> Tensor:
+        """The σ () that it divides by in eval mode."""
+        return torch_sigma(self.original, self.axis, self.u, self.v)
+
+
+def spectral_on(owner: nn.Module, name: str) -> Spectral | None:
+    """torch's spectral norm on a tensor of a module, if that is all there is on it."""
+    if parametrize.is_parametrized(owner, name):
+        lists: Any = owner.parametrizations
+        norm = lists[name][0]
+        alone = len(lists[name]) == 1 and isinstance(norm, parametrizations._SpectralNorm)
+        if not alone or not hasattr(norm, "_u"):  # which tensors of one dimension have not
+            return None
+        return Spectral(owner, name, lists[name].original, norm._u, norm._v, norm.dim, None)
+    for hook in owner._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm) and hook.name == name:
+            original = owner._parameters.get(f"{name}_orig")
+            u, v = (owner._buffers.get(f"{name}_{vector}") for vector in "uv")
+            if original is None or u is None or v is None:
+                return None
+            axis = hook.dim % original.ndim
+            return Spectral(owner, name, original, u, v, axis, hook)
+    return None
+
+
+def hooked(owner: nn.Module) -> Iterator[str]:
+    """Names of the tensors of a module that torch's deprecated spectral norm computes."""
+    for hook in owner._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm) and spectral_on(owner, hook.name) is not None:
+            yield hook.name
+
+
+def kind_on(owner: nn.Module, name: str) -> str:
+    """What a tensor is parametrized by, in words."""
+    lists: Any = owner.parametrizations
+    kinds = [type(part).__name__ for part in lists[name]]
+    return ", ".join(_KINDS.get(kind, kind) for kind in kinds)
+
+
+def hook_behind(owner: nn.Module, name: str) -> str | None:
+    """What hook a Parameter such as `weight_v` belongs to, in words, or None."""
+    for hook in owner._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and name in (f"{hook.name}_g", f"{hook.name}_v"):
+            return _WEIGHT_NORM
+    return None

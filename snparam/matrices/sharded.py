@@ -1,0 +1,418 @@
+"""Weights that are DTensors: products on the shards, and vectors reduced between ranks.
+
+Knows views and `torch.distributed.tensor`, not modules. A rank multiplies the piece of the matrix
+that it has, and what is communicated is vectors of as many entries as the matrix has rows or
+columns. No rank ever holds the weight. Every function here is collective: all ranks of the mesh
+have to call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from snparam.matrices import linalg
+from snparam.matrices.views import View
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a weight is a DTensor."""
+    # Asked of every weight in every forward, so without importing torch.distributed.tensor.
+    return type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "device_mesh")
+
+
+def is_fully_sharded(tensor: Tensor, modules: Iterable[nn.Module]) -> bool:
+    """Whether FSDP2 has a tensor in hand: sharded, with one of the modules around it wrapped.
+
+    FSDP2 keeps its own reference to the module and the name of each parameter, so that a
+    parameter that moves elsewhere later is lost to it.
+    """
+    return is_sharded(tensor) and any(
+        base.__name__ == "FSDPModule" for module in modules for base in type(module).__mro__
+    )
+
+
+def gathered(vector: Tensor) -> Tensor:
+    """A vector of a few entries, such as a gain, whole on every rank that has a shard of it."""
+    whole: Tensor = vector.full_tensor() if is_sharded(vector) else vector  # type: ignore[attr-defined]
+    return whole
+
+
+class ShardedStack:
+    """A stack of matrices (b, m, n), of which each rank has a piece.
+
+    Attributes:
+        shape: (b, m, n).
+        dtype: of the arithmetic.
+        device: of this rank's piece.
+        rows: indices of this rank's rows among all b · m, ascending.
+        columns: indices of this rank's columns among all n.
+        piece: this rank's entries, (len(rows), len(columns)).
+    """
+
+    def __init__(self, weight: DTensor, view: View, dtype: torch.dtype) -> None:
+        """Read a DTensor of the view's shape.
+
+        Raises:
+            ValueError: if the shards are no pieces of rows and columns of the matrices.
+        """
+        self.shape = torch.Size(view.matrices)
+        self.dtype = dtype
+        self.weight = weight
+        self.tile = _Tile(weight, view)
+        local = weight.to_local()
+        self.device = local.device
+        self.rows, self.columns = self.tile.rows, self.tile.columns
+        self.piece = self.tile.to_piece(local).to(dtype)
+
+    def is_complex(self) -> bool:
+        """Whether the entries are complex."""
+        return self.dtype.is_complex
+
+    def left(self, u: Tensor) -> Tensor:
+        """U conj(W), (b, k, m) to (b, k, n)."""
+        return self.tile.reduce(self.left_here(u))
+
+    def right(self, v: Tensor) -> Tensor:
+        """V Wᵀ, (b, k, n) to (b, k, m)."""
+        return self.tile.reduce(self.right_here(v))
+
+    def left_here(self, u: Tensor) -> Tensor:
+        """This rank's summand of `left`."""
+        blocks, rows, columns = self.shape
+        out = u.new_zeros((blocks, u.shape[1], columns))
+        for block, part in self.tile.segments():
+            here = u[block][:, self.rows[part] - block * rows]
+            out[block][:, self.columns] = here @ self.piece[part].conj()
+        return out
+
+    def right_here(self, v: Tensor) -> Tensor:
+        """This rank's summand of `right`."""
+        blocks, rows, _ = self.shape
+        out = v.new_zeros((blocks, v.shape[1], rows))
+        for block, part in self.tile.segments():
+            here = v[block][:, self.columns] @ self.piece[part].mT
+            out[block][:, self.rows[part] - block * rows] = here
+        return out
+
+    def largest(self) -> float:
+        """The largest magnitude of an entry; NaN or inf if there is one anywhere."""
+        largest = self.piece.abs().max() if self.piece.numel() else self.piece.new_zeros(()).abs()
+        largest = torch.where(torch.isfinite(largest), largest, torch.inf)
+        return float(self.tile.reduce(largest.reshape(1), dist.ReduceOp.MAX))
+
+
+def steps_together(
+    stacks: list[ShardedStack], us: list[Tensor], eps: float
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`linalg.power_step` for several stacks, with two reductions for all of them.
+
+    A reduction takes as long as its latency until the vectors are millions of entries long.
+    """
+    xs = _reduce_together(stacks, [s.left_here(u) for s, u in zip(stacks, us, strict=True)])
+    vs = [linalg.right_vectors(x, eps) for x in xs]
+    ts = _reduce_together(stacks, [s.right_here(v) for s, v in zip(stacks, vs, strict=True)])
+    found = [linalg.left_vectors(t, eps, u) for t, u in zip(ts, us, strict=True)]
+    return [(u, v, sv) for (u, sv), v in zip(found, vs, strict=True)]
+
+
+def _reduce_together(stacks: list[ShardedStack], parts: list[Tensor]) -> list[Tensor]:
+    """Each part summed over its stack's ranks; the stacks are sharded over the same ranks."""
+    flat = stacks[0].tile.reduce(torch.cat([part.reshape(-1) for part in parts]))
+    sums = torch.split(flat, [part.numel() for part in parts])
+    return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
+
+
+class _Tile:
+    """Where this rank's shard lies in the matrices, and how to reduce over the ranks."""
+
+    def __init__(self, weight: DTensor, view: View) -> None:
+        self.view = view
+        mesh, placements = weight.device_mesh, weight.placements
+        for placement in placements:
+            if placement.is_partial():
+                raise ValueError(f"its placement is {placement}; redistribute it to shards first")
+        self.groups: list[dist.ProcessGroup] = [
+            mesh.get_group(dim)
+            for dim, placement in enumerate(placements)
+            if not placement.is_replicate()
+        ]
+        device = weight.to_local().device
+        at = _place(
+            view.shape, view.split, view.order, view.stack_axes, view.row_axes, mesh, placements
+        )
+        row_axes, column_axes, shape, offset, self._segments = at
+        self.axes = (*row_axes, *column_axes)
+        self.rows = _indices(view.shape, shape, offset, row_axes, device)
+        self.columns = _indices(view.shape, shape, offset, column_axes, device)
+
+    def to_piece(self, local: Tensor) -> Tensor:
+        """This rank's shard as a matrix of its rows and columns."""
+        return local.permute(self.axes).reshape(len(self.rows), len(self.columns))
+
+    def from_piece(self, piece: Tensor, like: Tensor) -> Tensor:
+        """A matrix of this rank's rows and columns as a shard."""
+        permuted = [like.shape[axis] for axis in self.axes]
+        inverse = [self.axes.index(axis) for axis in range(len(self.axes))]
+        return piece.reshape(permuted).permute(inverse).contiguous()
+
+    def segments(self) -> list[tuple[int, slice]]:
+        """The blocks this rank has rows of, and which of its rows they are."""
+        return [(block, slice(start, end)) for block, start, end in self._segments]
+
+    def reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Reduce over all ranks that have different shards."""
+        for group in self.groups:
+            dist.all_reduce(x, op, group=group)
+        return x
+
+    def per_row(self, x: Tensor) -> Tensor:
+        """For each of this rank's rows, the entry of its block, (b,) to (len(rows), 1)."""
+        return x[self.blocks, None]
+
+    @property
+    def blocks(self) -> Tensor:
+        """The block of each of this rank's rows."""
+        return self.rows // self.view.matrices[1]
+
+
+def divide_sharded(
+    weight: DTensor,
+    gain: Tensor | None,
+    divisor: Tensor,
+    slope: Tensor | float,
+    u: Tensor,
+    v: Tensor,
+    view: View,
+) -> DTensor:
+    """`division.divide` for a DTensor: shard by shard, placed as the weight is.
+
+    Backward communicates one number for each block, double backward a few more.
+    """
+    gain = None if gain is None else gathered(gain)
+    out: DTensor = _DivideSharded.apply(weight, gain, divisor, slope, u, v, view)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _DivideSharded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: DTensor,
+        gain: Tensor | None,
+        divisor: Tensor,
+        slope: Tensor | float,
+        u: Tensor,
+        v: Tensor,
+        view: View,
+    ) -> DTensor:
+        ctx.save_for_backward(weight, gain, divisor, u, v)
+        ctx.slope, ctx.tile = slope, _Tile(weight, view)
+        d = torch.where(divisor == 0, 1.0, divisor)
+        scale = 1.0 / d if gain is None else gain / d
+        local = weight.to_local()
+        piece = ctx.tile.to_piece(local) * ctx.tile.per_row(scale)
+        return _like(weight, ctx.tile.from_piece(piece, local).to(local.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
+        weight, gain, divisor, u, v = ctx.saved_tensors
+        tile = ctx.tile
+        if tuple(grad.placements) != tuple(weight.placements):
+            grad = grad.redistribute(weight.device_mesh, weight.placements)
+        local = weight.to_local()
+        g = tile.to_piece(grad.to_local()).to(u.dtype)
+        w = tile.to_piece(local).to(u.dtype)
+        gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        out, along = gradients(g, w, gain, divisor, ctx.slope, u, v, tile)
+        into = _like(weight, tile.from_piece(out, local).to(local.dtype))
+        into_gain = None if gain is None else along.to(gain.dtype)
+        return into, into_gain, None, None, None, None, None
+
+
+def _gradients(
+    g: Tensor,
+    w: Tensor,
+    gain: Tensor | None,
+    divisor: Tensor,
+    slope: Tensor | float,
+    u: Tensor,
+    v: Tensor,
+    tile: _Tile,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `division._gradients` for a piece W of this rank and its G."""
+    d = torch.where(divisor == 0, 1.0, divisor)
+    inner = divisor.new_zeros(divisor.shape)
+    for block, part in tile.segments():
+        inner[block] = torch.vdot(g[part].reshape(-1), w[part].reshape(-1)).real
+    along = tile.reduce(inner) / d
+    scale = 1.0 / d if gain is None else gain / d
+    here = u.reshape(-1)[tile.rows, None] * tile.per_row(slope * along * scale)
+    out = g * tile.per_row(scale)
+    for block, part in tile.segments():
+        out[part].addmm_(here[part], v[block, None, tile.columns].conj(), alpha=-1.0)
+    return out, along
+
+
+def _differentiable_gradients(
+    g: Tensor,
+    w: Tensor,
+    gain: Tensor | None,
+    divisor: Tensor,
+    slope: Tensor | float,
+    u: Tensor,
+    v: Tensor,
+    tile: _Tile,
+) -> tuple[Tensor, Tensor]:
+    """`_gradients` in operations that can be differentiated, where d depends on W."""
+    outer = u.reshape(-1)[tile.rows, None] * v[tile.blocks][:, tile.columns].conj()
+    sigma = _sum_over_ranks(_by_block(outer, w, tile), tile)
+    d = divisor + slope * (sigma - sigma.detach())
+    d = torch.where(divisor == 0, 1.0, d)
+    along = _sum_over_ranks(_by_block(g, w, tile), tile) / d
+    scale = 1.0 / d if gain is None else gain / d
+    rate = _to_each_rank(slope * along * scale, tile)
+    return g * tile.per_row(_to_each_rank(scale, tile)) - tile.per_row(rate) * outer, along
+
+
+def _by_block(x: Tensor, y: Tensor, tile: _Tile) -> Tensor:
+    """This rank's summand of Re⟨X, Y⟩ of each block, (b,)."""
+    rows = (x.conj() * y).sum(-1).real
+    return rows.new_zeros(tile.view.matrices[0]).index_add(0, tile.blocks, rows)
+
+
+# What all ranks have alike, and what each has for itself, are different to a gradient: of the
+# former each rank has the whole, of the latter each has what came from its own piece.
+
+
+def _sum_over_ranks(x: Tensor, tile: _Tile) -> Tensor:
+    """The sum, alike on all ranks, of what each has for itself."""
+    out: Tensor = _SumOverRanks.apply(x, tile)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _to_each_rank(x: Tensor, tile: _Tile) -> Tensor:
+    """What is alike on all ranks, for each to use with its own piece."""
+    out: Tensor = _ToEachRank.apply(x, tile)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tile: _Tile) -> Tensor:
+        ctx.tile = tile
+        return tile.reduce(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _to_each_rank(grad, ctx.tile), None
+
+
+class _ToEachRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tile: _Tile) -> Tensor:
+        ctx.tile = tile
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum_over_ranks(grad, ctx.tile), None
+
+
+def _like(weight: DTensor, local: Tensor) -> DTensor:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
+
+
+def _place(
+    shape: tuple[int, ...],
+    split: tuple[int, ...],
+    order: tuple[int, ...],
+    stack_axes: int,
+    row_axes: int,
+    mesh: Any,
+    placements: Any,
+) -> tuple[Any, ...]:
+    """Where a rank's shard of the weight of a view lies.
+
+    In plain numbers throughout, as compilers want constants.
+
+    Returns:
+        The axes of the weight that count blocks and rows, those that count columns, the shard's
+        shape and offset, and for each block that it has rows of, (block, start, end) among them.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    view = View(shape, split, order, stack_axes, row_axes)
+    rows_on, columns_on = _axes_of(view)
+    local, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)
+    rows = _indices(shape, local, offset, rows_on, torch.device("cpu"))
+    bounds = torch.arange(view.matrices[0] + 1) * view.matrices[1]
+    pairs = enumerate(pairwise(torch.searchsorted(rows, bounds).tolist()))
+    segments = tuple((block, *pair) for block, pair in pairs if pair[0] < pair[1])
+    return tuple(rows_on), tuple(columns_on), tuple(local), tuple(offset), segments
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the compiler.
+_place._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _axes_of(view: View) -> tuple[list[int], list[int]]:
+    """The axes of a weight that count blocks and rows, and those that count columns.
+
+    Raises:
+        ValueError: if an axis counts both, as that of a grouped transposed convolution does.
+    """
+    row_axes: list[int] = []
+    column_axes: list[int] = []
+    first = view.stack_axes + view.row_axes
+    in_rows = set(view.order[:first])
+    split = 0
+    for axis, length in enumerate(view.shape):
+        parts, size = [], 1
+        while split < len(view.split) and (size < length or view.split[split] == 1):
+            size *= view.split[split]
+            parts.append(split)
+            split += 1
+        kinds = {part in in_rows for part in parts if view.split[part] > 1}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"sharded, and axis {axis} of it counts rows and columns of a grouped layer; "
+                "leave it unsharded"
+            )
+        (row_axes if kinds == {True} else column_axes).append(axis)
+    if prod(view.shape[axis] for axis in row_axes) != prod(view.matrices[:2]):
+        raise ValueError("sharded, and read in a way that shards cannot follow; leave it unsharded")
+    return row_axes, column_axes
+
+
+def _indices(
+    shape: tuple[int, ...],
+    local: tuple[int, ...],
+    offset: tuple[int, ...],
+    axes: list[int],
+    device: torch.device,
+) -> Tensor:
+    """Which of the flattened indices of some axes a shard covers."""
+    index = torch.zeros(1, dtype=torch.long, device=device)
+    for axis in axes:
+        along = torch.arange(offset[axis], offset[axis] + local[axis], device=device)
+        index = (index[:, None] * shape[axis] + along).reshape(-1)
+    return index

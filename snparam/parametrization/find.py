@@ -1,0 +1,95 @@
+"""Which weights are normalised: the one place that knows where a SpectralNorm is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from snparam.parametrization.spectral_norm import SpectralNorm
+
+
+@dataclass(frozen=True)
+class NormalisedWeight:
+    """A weight under SpectralNorm, where it is in a model.
+
+    Attributes:
+        module_name: qualified name of the module that has it, "" for the model itself.
+        owner: that module.
+        tensor_name: name of the weight in it.
+        norm: the SpectralNorm on it.
+    """
+
+    module_name: str
+    owner: nn.Module
+    tensor_name: str
+    norm: SpectralNorm
+
+    @property
+    def name(self) -> str:
+        """Qualified name of the weight."""
+        return self.prefix + self.tensor_name
+
+    @property
+    def prefix(self) -> str:
+        """What the owner's keys in a state dict begin with."""
+        return f"{self.module_name}." if self.module_name else ""
+
+    @property
+    def list(self) -> Any:
+        """The ParametrizationList that the SpectralNorm is in."""
+        lists: Any = self.owner.parametrizations
+        return lists[self.tensor_name]
+
+    @property
+    def original(self) -> Tensor:
+        """The Parameter (or buffer) behind the weight."""
+        original: Tensor = self.list.original
+        return original
+
+    def __str__(self) -> str:
+        """Qualified name and shape, for errors."""
+        return f"'{self.name}' {self.norm.view.shape}"
+
+
+def normalised_weights(model: nn.Module, *, every_name: bool = False) -> Iterator[NormalisedWeight]:
+    """Every weight of a model that is under SpectralNorm, in the model's order.
+
+    Args:
+        model: where to look.
+        every_name: whether a module that has several names is given under each of them, as it is
+            in a state dict, and not under its first name alone.
+    """
+    for module_name, module in model.named_modules(remove_duplicate=not every_name):
+        for tensor_name, norm in norms_of(module):
+            yield NormalisedWeight(module_name, module, tensor_name, norm)
+
+
+def norms_of(module: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
+    """Tensor names of a module (not of its children) and the SpectralNorm on each."""
+    children = module._modules
+    if "parametrizations" not in children:  # not `get`, which a TorchScript module's table lacks
+        return
+    lists: Any = children["parametrizations"]
+    if isinstance(lists, nn.ModuleDict):
+        for name, parametrizations in lists.items():
+            for parametrization in parametrizations:  # type: ignore[attr-defined]
+                if isinstance(parametrization, SpectralNorm):
+                    yield name, parametrization
+
+
+def norm_on(module: nn.Module, tensor_name: str) -> SpectralNorm | None:
+    """The SpectralNorm on a tensor of a module, or None."""
+    return dict(norms_of(module)).get(tensor_name)
+
+
+def is_normalised(module: nn.Module) -> bool:
+    """Whether a module has a normalised weight, in it or inside it."""
+    return any(has_norms(part) for part in module.modules())
+
+
+def has_norms(module: nn.Module) -> bool:
+    """Whether a module has a normalised weight of its own."""
+    return any(True for _ in norms_of(module))

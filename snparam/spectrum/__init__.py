@@ -1,0 +1,1 @@
+"""Looking at singular values: tracked, exact, drawn. Changes nothing."""

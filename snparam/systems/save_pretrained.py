@@ -1,0 +1,166 @@
+"""Inside a library's `save_pretrained`, the state dict of a normalised module is plain.
+
+transformers and diffusers write `model.state_dict()`, and their `from_pretrained` initialises
+weights anew that it does not find under their ordinary names. A layer does not know the models that
+it is a part of, but whoever asks for its state dict is on the call stack. Neither library is
+imported; a method of that name is all that is looked for.
+
+Where trainers pass a state dict, gathered from many ranks, say, only the method itself sees it. A
+converted model therefore has a `save_pretrained` of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from snparam.checkpoints.save import plain_state_dict
+from snparam.parametrization.baking import check_alone, check_shared
+from snparam.parametrization.extensions import System, register_system
+from snparam.parametrization.find import is_normalised, norms_of
+from snparam.parametrization.frames import outward
+from snparam.parametrization.spectral_norm import SpectralNorm
+
+METHOD = "save_pretrained"
+# peft's two that say which tensors an adapter has of modules that are trained whole
+# (`modules_to_save`), when it is saved and when it is read: by the keys of those modules' state
+# dicts, which have to agree. What the adapter is put on is no part of it.
+_OF_ADAPTERS = ("get_peft_model_state_dict", "adapter_state_dict_load_map")
+
+
+def spell_for_pretrained(owner: nn.Module) -> None:
+    """Let `state_dict` of a module be plain, with its normalised weights, in `save_pretrained`."""
+    if _respell not in owner._state_dict_hooks.values():
+        owner._register_state_dict_hook(_respell)  # type: ignore[no-untyped-call]
+
+
+def spell_as_before(owner: nn.Module) -> None:
+    """Undo `spell_for_pretrained`."""
+    hooks = owner._state_dict_hooks
+    for key in [key for key, hook in hooks.items() if hook is _respell]:
+        del hooks[key]
+
+
+def make_plain(owner: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Replace snparam's keys of a module by those of the ordinary one.
+
+    Args:
+        owner: a module with normalised weights.
+        state_dict: with its tensors, or with others for it; changed in place. A weight that it has
+            under another name, or that is no part of state dicts, is left as it is.
+        prefix: that of the module's keys.
+
+    Raises:
+        ValueError: if a weight carries another parametrization as well.
+    """
+    for name, norm in norms_of(owner):
+        inside = f"{prefix}parametrizations.{name}."
+        theirs = {k: v for k, v in state_dict.items() if k.startswith(inside)}
+        if f"{inside}original" in theirs:
+            check_alone(owner, name)
+            state_dict[prefix + name] = _normalised(norm, theirs, inside)
+        for key in theirs:
+            del state_dict[key]
+
+
+def _normalised(norm: SpectralNorm, state: dict[str, Any], inside: str) -> Tensor:
+    """What eval mode makes of a weight, by the state beside it."""
+    own = {key.removeprefix(f"{inside}0."): value for key, value in state.items()}
+    tensors = {key: own[key] for key in norm.state_dict(keep_vars=True) if key in own}
+    training = norm.training
+    try:
+        norm.training = False
+        value: Tensor = functional_call(norm, tensors, (state[f"{inside}original"].detach(),))
+    finally:
+        norm.training = training
+    return value.detach()
+
+
+def _respell(owner: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    saved, method = _being_saved()
+    if saved is not None:
+        if method == METHOD:
+            check_shared(saved, owner)
+        make_plain(owner, state_dict, prefix)
+
+
+def _being_saved() -> tuple[nn.Module | None, str]:
+    """The model that is being saved, and the function that does it, the innermost of several."""
+    for frame in outward(sys._getframe(2)):
+        code = frame.f_code
+        if code.co_argcount and (code.co_name == METHOD or code.co_name in _OF_ADAPTERS):
+            model = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(model, nn.Module):
+                return model, code.co_name
+    return None, ""
+
+
+def save_plain(model: nn.Module) -> None:
+    """Let every module with normalised weights inside, and a `save_pretrained`, save plain ones."""
+    for module in model.modules():
+        original = getattr(type(module), METHOD, None)
+        if callable(original) and METHOD not in vars(module) and is_normalised(module):
+            signature = inspect.signature(original)
+            if "state_dict" in signature.parameters:
+                # A bound method in the instance: deepcopy binds it to the copy.
+                vars(module)[METHOD] = MethodType(_saver(original, signature), module)
+
+
+def save_as_before(model: nn.Module) -> None:
+    """Undo `save_plain`, wherever no normalised weight is left."""
+    for module in model.modules():
+        own = vars(module).get(METHOD)
+        if hasattr(own, "_snparam") and not is_normalised(module):
+            del vars(module)[METHOD]
+
+
+def _saver(original: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
+    """A `save_pretrained` around another; it has the other's signature and documentation."""
+
+    @functools.wraps(original)
+    def save(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not is_normalised(self):
+            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        state_dict = given.arguments.get("state_dict")
+        given.arguments["state_dict"] = (
+            plain_state_dict(self) if state_dict is None else _plain(self, state_dict)
+        )
+        return original(*given.args, **given.kwargs)
+
+    save._snparam = True  # type: ignore[attr-defined]
+    return save
+
+
+def _plain(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of a model with the ordinary keys, from one with snparam's or with those."""
+    check_shared(model)
+    plain = dict(state_dict)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(True for _ in norms_of(module)):
+            make_plain(module, plain, f"{name}." if name else "")
+    return plain
+
+
+class _SavePretrained(System):
+    def on_attach(self, owner: nn.Module) -> None:
+        spell_for_pretrained(owner)
+
+    def on_detach(self, owner: nn.Module) -> None:
+        spell_as_before(owner)
+
+    def on_model(self, model: nn.Module) -> None:
+        save_plain(model)
+
+    def on_restore(self, model: nn.Module) -> None:
+        save_as_before(model)
+
+
+register_system(_SavePretrained())

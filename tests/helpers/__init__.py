@@ -1,0 +1,1 @@
+"""What tests share: independent references, builders of states, comparisons."""
