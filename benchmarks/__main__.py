@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from snparam import curves, report
-from snparam.layers.rows import Setup
+from benchmarks import curves, report
+from benchmarks.rows import Setup
 
 from .cases import CASES
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snparam import peers
+from benchmarks import peers
 
 BARE, LEAST = "bare operations", "least function"
 

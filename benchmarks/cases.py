@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 import snparam
-from snparam import bare, models, peers, work
-from snparam.constraints import memory
-from snparam.layers.rows import Row, Setup
+from benchmarks import bare, memory, models, peers, work
+from benchmarks.rows import Row, Setup
 from snparam.matrices import linalg
 
 from .bare import BARE, LEAST

@@ -9,8 +9,8 @@ from statistics import median
 
 import torch
 
-from snparam import models, peers, work
-from snparam.layers.rows import Setup
+from benchmarks import models, peers, work
+from benchmarks.rows import Setup
 
 from .peers import HOOK, OURS, OURS_STEPWISE, PLAIN, SEQUENTIAL, TORCH
 from .timing import interleaved

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import snparam
+from benchmarks.rows import Row, Setup
 from snparam.conversion.tables import aligned
-from snparam.layers.rows import Row, Setup
 
 from .curves import Curves
 
