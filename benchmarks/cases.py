@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import snparam
-from benchmarks import bare, memory, models, peers, work
+from benchmarks import drift, memory, models, peers, work
 from benchmarks.rows import Row, Setup
-from snparam.matrices import linalg
+from snparam.estimators.power import power_step
+from snparam.matrices.products import left_product, right_product
 
-from .bare import BARE, LEAST
-from .peers import HOOK, OURS, PLAIN, SEQUENTIAL, TORCH
-from .timing import Spread, Times, interleaved
+from .peers import OURS, PLAIN, SEQUENTIAL, TORCH
+from .timing import Spread
 
 AGAINST_TORCH = "torch's parametrization"
-AGAINST_HOOK = "torch's hook"
 AGAINST_SEQUENTIAL = "sequential Gram-Schmidt"
 AGAINST_ADDED = "added by torch's"
 
@@ -26,81 +25,91 @@ PRODUCTS = "its two products alone"
 
 Shape = tuple[int, ...]
 
-# Weights of one layer: of wide networks, where memory traffic is the cost, and of small ones, where
-# the number of operations is.
-LARGE: list[Shape] = [(256, 256, 3, 3), (512, 512, 3, 3), (4096, 1024), (50257, 768)]
-SMALL: list[Shape] = [(64, 64), (192, 192)]
+# Weights of one layer, and how many times as fast as torch's: of wide networks, where memory
+# traffic is the cost, and of small ones, where the number of operations is.
+LAYERS: dict[Shape, float] = {
+    (256, 256, 3, 3): 2.5,
+    (512, 512, 3, 3): 2.5,
+    (4096, 1024): 2.5,
+    (50257, 768): 2.5,
+    (64, 64): 1.3,
+    (192, 192): 1.5,
+}
 
 # Matrices to find several singular values of, and how many.
-MATRICES = [(512, 4608), (2048, 512), (4096, 1024)]
-COUNTS = [4, 8, 16]
+MATRICES = [(4096, 1024), (2048, 512)]
+COUNT = 8
+
+# Parts of the time that torch's adds to a training step.
+ADDED = {
+    "ResNet-18": 1 / 3,
+    "ResNet-50": 1 / 3,
+    "ViT, 6 x 384": 0.4,
+    "GPT-2 blocks, 4 x 768": 1 / 3,
+}
+ADDED_STEPWISE = 1 / 5
+PASSES = 4
+
+
+def layers_of(setup: Setup) -> dict[Shape, float]:
+    """The weights that a run looks at."""
+    return {(16, 16, 3, 3): 2.5, (8, 8): 1.3} if setup.quick else LAYERS
+
+
+def matrices_of(setup: Setup) -> list[Shape]:
+    """The matrices that a run looks at."""
+    return [(12, 20)] if setup.quick else list(MATRICES)
+
+
+def networks_of(setup: Setup) -> dict[str, models.Network]:
+    """The networks that a run looks at."""
+    return models.TINY if setup.quick else models.NETWORKS
+
+
+def by(shape: Shape) -> str:
+    """A shape as the table writes it."""
+    return "x".join(map(str, shape))
 
 
 def single_layers(setup: Setup) -> Iterator[Row]:
     """Weight read and backward of one layer."""
-    large, small = LARGE, SMALL
-    if setup.quick:
-        large, small = [(16, 16, 3, 3)], [(8, 8)]
-    for shape in large + small:
+    for shape, reach in layers_of(setup).items():
         source = models.layer(shape).to(setup.device)
         grad = torch.randn(shape, device=setup.device)
-        runs = {
-            OURS: work.read_and_backward(peers.ours()(source), grad),
-            TORCH: work.read_and_backward(peers.torch_parametrization(source), grad),
-            HOOK: work.read_and_backward(peers.torch_hook(source), grad),
-            BARE: bare.read_and_backward(source, grad),
-            LEAST: work.read_and_backward(bare.least(source, in_place=False), grad),
-        }
-        times = interleaved(runs, setup.rounds, setup.device)
-        case = f"read + backward, {_by(shape)}"
-        reach = 1.5 if shape in small else 3.0
-        medians = times.medians()
-        yield Row(case, AGAINST_TORCH, times.ratio(TORCH, OURS), reach, True, medians)
-        yield Row(case, AGAINST_HOOK, times.ratio(HOOK, OURS), None, True, medians)
-        for floor in (BARE, LEAST):
-            ratio = times.ratio(TORCH, floor)
-            yield Row(_of(case, floor), AGAINST_TORCH, ratio, None, True, medians)
+        times = setup.times(
+            {
+                OURS: work.read_and_backward(peers.ours()(source), grad),
+                TORCH: work.read_and_backward(peers.torch_parametrization(source), grad),
+            }
+        )
+        ratio = times.ratio(TORCH, OURS)
+        case = f"read + backward, {by(shape)}"
+        yield Row(case, AGAINST_TORCH, ratio, reach, True, times.medians())
 
 
 def many_values(setup: Setup) -> Iterator[Row]:
-    """One iteration with several singular values; at 8, also the whole read and backward."""
-    for shape in [(12, 20)] if setup.quick else MATRICES:
-        for count in COUNTS:
-            if count > min(shape):
-                continue
-            source = models.layer(shape).to(setup.device)
-            block, vectors = peers.ours(count)(source), peers.sequential(count)(source)
-            difference = peers.check_same_numbers(block, vectors)
-            note = f"same numbers: sv to {difference.sv:.0e}, u to {difference.u:.0e}"
-            (matrix,) = work.matrices_of([source])
-            times = interleaved(_iterations(matrix, count), setup.rounds, setup.device)
-            ratio = times.ratio(SEQUENTIAL, OURS)
-            reach = 5.0 if count == 8 else None
-            case = f"iteration, num_svs={count}, {_by(shape)}"
-            yield Row(
-                case, AGAINST_SEQUENTIAL, ratio, reach, True, times.medians(), "seconds", note
-            )
-            floor, medians = times.ratio(SEQUENTIAL, PRODUCTS), times.medians()
-            yield Row(_of(case, PRODUCTS), AGAINST_SEQUENTIAL, floor, None, True, medians)
-            if count == 8:
-                grad = torch.randn(shape, device=setup.device)
-                runs = {
-                    OURS: work.read_and_backward(block, grad),
-                    SEQUENTIAL: work.read_and_backward(vectors, grad),
-                }
-                times = interleaved(runs, setup.rounds, setup.device)
-                ratio = times.ratio(SEQUENTIAL, OURS)
-                case = f"read + backward, num_svs={count}, {_by(shape)}"
-                yield Row(case, AGAINST_SEQUENTIAL, ratio, None, True, times.medians())
+    """One iteration with several singular values."""
+    for shape in matrices_of(setup):
+        source = models.layer(shape).to(setup.device)
+        difference = peers.check_same_numbers(
+            peers.ours(COUNT)(source), peers.sequential(COUNT)(source)
+        )
+        note = f"same numbers: sv to {difference.sv:.0e}, u to {difference.u:.0e}"
+        (matrix,) = work.matrices_of([source])
+        times = setup.times(iterations(matrix, COUNT))
+        case, medians = f"iteration, num_svs={COUNT}, {by(shape)}", times.medians()
+        yield Row(case, PRODUCTS, times.ratio(PRODUCTS, OURS), 0.85, True, medians)
+        ratio = times.ratio(SEQUENTIAL, OURS)
+        yield Row(case, AGAINST_SEQUENTIAL, ratio, None, True, medians, "seconds", note)
 
 
-def _iterations(matrix: Tensor, count: int) -> dict[str, work.Work]:
+def iterations(matrix: Tensor, count: int) -> dict[str, work.Work]:
     """New u, v and singular values of a matrix, as a block and vector by vector."""
     start = torch.randn(count, matrix.shape[0], device=matrix.device)
     right = torch.randn(1, count, matrix.shape[1], device=matrix.device)
 
     def block() -> None:
-        linalg.power_step(matrix[None], start[None])
+        power_step(matrix[None], start[None])
 
     def vectors() -> None:
         us, vs = peers.Sequential.step(matrix, list(start))
@@ -108,138 +117,155 @@ def _iterations(matrix: Tensor, count: int) -> dict[str, work.Work]:
             u @ matrix @ v
 
     def products() -> None:
-        linalg.left_product(matrix[None], start[None])
-        linalg.right_product(matrix[None], right)
+        left_product(matrix[None], start[None])
+        right_product(matrix[None], right)
 
     return {OURS: block, SEQUENTIAL: vectors, PRODUCTS: products}
 
 
 def training_steps(setup: Setup) -> Iterator[Row]:
     """Whole training steps: time added over the unconverted model, against torch's."""
-    for name, (make, shape) in _networks(setup).items():
+    for name, (make, shape) in networks_of(setup).items():
         source, x = make().to(setup.device), torch.randn(shape, device=setup.device)
-        runs = {
-            PLAIN: work.training_step(peers.plain(source), x),
-            OURS: work.training_step(peers.ours()(source), x),
-            TORCH: work.training_step(peers.torch_parametrization(source), x),
-            BARE: work.training_step(bare.in_training(source), x),
-            LEAST: work.training_step(bare.least(source), x),
-        }
-        times = interleaved(runs, setup.rounds, setup.device)
-        yield from _added(f"training step, {name}", times, 1 / 3)
+        times = setup.times(
+            {
+                PLAIN: work.training_step(peers.plain(source), x),
+                OURS: work.training_step(peers.ours()(source), x),
+                TORCH: work.training_step(peers.torch_parametrization(source), x),
+            }
+        )
+        ratio, reach = times.ratio_of_added(OURS, TORCH, PLAIN), ADDED.get(name, 1 / 3)
+        yield Row(f"training step, {name}", AGAINST_ADDED, ratio, reach, False, times.medians())
 
 
-def _added(case: str, times: Times, reach: float) -> Iterator[Row]:
-    """Time added to a step, against torch's; and what the operations alone add."""
-    for who in (OURS, BARE, LEAST):
-        ratio = times.ratio_of_added(who, TORCH, PLAIN)
-        if who == OURS:
-            yield Row(case, AGAINST_ADDED, ratio, reach, False, times.medians())
-        else:
-            yield Row(_of(case, who), AGAINST_ADDED, ratio, None, False, times.medians())
-
-
-def _of(case: str, floor: str) -> str:
-    return f"{case}, {floor}"
-
-
-def accumulated_steps(setup: Setup, passes: int = 4) -> Iterator[Row]:
+def accumulated_steps(setup: Setup) -> Iterator[Row]:
     """The same with updates once per optimizer step and several passes for each."""
-    for name, (make, shape) in _networks(setup).items():
+    for name, (make, shape) in networks_of(setup).items():
         source, x = make().to(setup.device), torch.randn(shape, device=setup.device)
         stepwise = peers.ours(update="step")(source)
-        runs = {
-            PLAIN: work.training_step(peers.plain(source), x, passes),
-            OURS: work.training_step(stepwise, x, passes, update_after_step=True),
-            TORCH: work.training_step(peers.torch_parametrization(source), x, passes),
-            BARE: work.training_step(bare.in_training(source, passes, stepwise=True), x, passes),
-            LEAST: work.training_step(bare.least(source, passes, stepwise=True), x, passes),
-        }
-        times = interleaved(runs, setup.fewer(2), setup.device, warm_up=1)
-        yield from _added(f"update='step', {passes} passes, {name}", times, 1 / 5)
+        times = setup.times(
+            {
+                PLAIN: work.training_step(peers.plain(source), x, PASSES),
+                OURS: work.training_step(stepwise, x, PASSES),
+                TORCH: work.training_step(peers.torch_parametrization(source), x, PASSES),
+            },
+            fewer=2,
+            warm_up=1,
+        )
+        case, ratio = (
+            f"update='step', {PASSES} passes, {name}",
+            times.ratio_of_added(OURS, TORCH, PLAIN),
+        )
+        yield Row(case, AGAINST_ADDED, ratio, ADDED_STEPWISE, False, times.medians())
 
 
 def inference(setup: Setup) -> Iterator[Row]:
-    """Eval and training after restoring, and eval with cached weights."""
-    for name, (make, shape) in _networks(setup).items():
-        source, x = make().to(setup.device).eval(), torch.randn(shape, device=setup.device)
-        cached = peers.ours()(source)
-        baked = snparam.restore_model(peers.ours()(source))
-        runs = {
-            PLAIN: work.inference(peers.plain(source), x),
-            "baked": work.inference(baked, x),
-            "cached": work.inference(cached, x),
-        }
-        with torch.no_grad(), snparam.cached(cached):
-            times = interleaved(runs, setup.rounds, setup.device)
-        for who, reach in (("baked", 1.02), ("cached", 1.03)):
-            ratio = times.ratio(who, PLAIN)
-            yield Row(f"eval, {who}, {name}", "unconverted", ratio, reach, False, times.medians())
-    name, (make, shape) = next(iter(_networks(setup).items()))
-    source, x = make().to(setup.device), torch.randn(shape, device=setup.device)
+    """Eval with cached weights, and of a restored network."""
+    name, (make, shape) = _residual(setup)
+    source, x = make().to(setup.device).eval(), torch.randn(shape, device=setup.device)
+    cached = peers.ours()(source)
+    baked = snparam.restore_model(peers.ours()(source))
     runs = {
-        PLAIN: work.training_step(peers.plain(source), x),
-        "restored": work.training_step(snparam.restore_model(peers.ours()(source)), x),
+        PLAIN: work.inference(peers.plain(source), x),
+        "baked": work.inference(baked, x),
+        "cached": work.inference(cached, x),
     }
-    times = interleaved(runs, setup.rounds, setup.device)
-    ratio = times.ratio("restored", PLAIN)
-    yield Row(f"training after restore, {name}", "unconverted", ratio, 1.02, False, times.medians())
+    with torch.no_grad(), snparam.cached(cached):
+        times = setup.times(runs)
+    for who, reach in (("baked", 1.02), ("cached", 1.03)):
+        ratio = times.ratio(who, PLAIN)
+        yield Row(f"eval, {who}, {name}", "unconverted", ratio, reach, False, times.medians())
 
 
 def peak_memory(setup: Setup) -> Iterator[Row]:
-    """Peak extra memory of a weight read and backward, with what is kept for the next."""
+    """Memory of a weight's read and backward, of a training step, and what stays after one."""
+    yield _memory_of_a_weight(setup)
+    name, (make, shape) = list(networks_of(setup).items())[-1]
+    source, x = make().to(setup.device), torch.randn(shape, device=setup.device)
+    yield _memory_of_a_step(setup, name, source, x)
+    yield from _memory_that_stays(setup, name, source, x)
+
+
+def _memory_of_a_weight(setup: Setup) -> Row:
     size = 64 if setup.quick else 4096
     source = models.layer((size, size)).to(setup.device)
     grad = torch.randn(size, size, device=setup.device)
     peaks = {}
     for name, convert in ((OURS, peers.ours()), (TORCH, peers.torch_parametrization)):
-        work.read_and_backward(convert(source), grad)()
         run = work.read_and_backward(convert(source), grad)
+        run()
         peaks[name] = float(memory.peak_extra(run, setup.device))
     ratio = peaks[OURS] / peaks[TORCH]
     bytes_ = size * size * grad.element_size()
     sizes = {name: peak / bytes_ for name, peak in peaks.items()}
     note = f"{sizes[OURS]:.1f} against {sizes[TORCH]:.1f} times the weight, its gradient included"
-    yield Row(
-        f"peak extra memory, {size}x{size}",
-        AGAINST_TORCH,
-        Spread(ratio, ratio, ratio),
-        0.6,
-        False,
-        peaks,
-        "bytes",
-        note,
+    case, spread = f"peak extra memory, {size}x{size}", Spread(ratio, ratio, ratio)
+    return Row(case, AGAINST_TORCH, spread, None, False, peaks, "bytes", note)
+
+
+def _memory_of_a_step(setup: Setup, name: str, source: nn.Module, x: Tensor) -> Row:
+    """Peak memory of a training step that normalising adds, against what torch's adds."""
+    peaks = {}
+    contenders = {PLAIN: peers.plain, OURS: peers.ours(), TORCH: peers.torch_parametrization}
+    for who, convert in contenders.items():
+        run = work.training_step(convert(source), x)
+        run()
+        peaks[who] = float(memory.peak_extra(run, setup.device))
+    added = {who: peaks[who] - peaks[PLAIN] for who in (OURS, TORCH)}
+    ratio = added[OURS] / added[TORCH] if added[TORCH] > 0 else float("nan")
+    weights = _bytes(peers.layers(source))
+    note = (
+        f"{added[OURS] / weights:.2f} against {added[TORCH] / weights:.2f} times the weights added"
     )
+    case, spread = f"peak memory of a training step, {name}", Spread(ratio, ratio, ratio)
+    return Row(case, AGAINST_ADDED, spread, 1 / 3, False, peaks, "bytes", note)
+
+
+def _memory_that_stays(setup: Setup, name: str, source: nn.Module, x: Tensor) -> Iterator[Row]:
+    """Memory that a converted network holds after a training step, beyond the unconverted one's."""
+
+    def after_a_step(convert: peers.Convert) -> float:
+        def make() -> nn.Module:
+            model = convert(source)
+            work.training_step(model, x)()
+            return model
+
+        return float(memory.left_behind(make, setup.device))
+
+    weights, plain = _bytes(peers.layers(source)), after_a_step(peers.plain)
+    contenders = {
+        OURS: peers.ours(init="converged"),
+        "update='step'": peers.ours(init="converged", update="step"),
+    }
+    for who, convert in contenders.items():
+        held = {PLAIN: plain, OURS: after_a_step(convert)}
+        ratio = (held[OURS] - plain) / weights
+        how = "" if who == OURS else f", {who}"
+        case, spread = f"memory held after a step, {name}{how}", Spread(ratio, ratio, ratio)
+        # The vectors of the state are below 1% of these weights; a copy of any is above it.
+        yield Row(case, "the weights", spread, 0.01, False, held, "bytes")
+
+
+def _bytes(layers: list[nn.Module]) -> int:
+    return sum(matrix.numel() * matrix.element_size() for matrix in work.matrices_of(layers))
 
 
 def conversion(setup: Setup) -> Iterator[Row]:
     """Converting a network (and taking it back), against one float64 svdvals of each layer."""
-    name = "tiny" if setup.quick else "ResNet-50"
-    source = _networks(setup)[name].make().to(setup.device)
+    name, (make, _) = _residual(setup)
+    source = make().to(setup.device)
     matrices = list(work.matrices_of(peers.layers(source)))
     worst = _worst_sigma(snparam.plan_conversion(source, progress=False), matrices)
-
-    def convert() -> None:
-        snparam.restore_model(snparam.convert_model(source, progress=False), bake=False)
 
     def decompose() -> None:
         for matrix in matrices:
             torch.linalg.svdvals(matrix.double())
 
-    runs = {OURS: convert, "svdvals": decompose}
-    times = interleaved(runs, setup.fewer(8), setup.device, warm_up=1)
-    ratio = times.ratio("svdvals", OURS)
-    note = f"σ within {worst:.0e} of svdvals"
-    yield Row(
-        f"converting {name}",
-        "float64 svdvals of each",
-        ratio,
-        4.0,
-        True,
-        times.medians(),
-        "seconds",
-        note,
-    )
+    runs = {OURS: work.conversion(source), "svdvals": decompose}
+    times = setup.times(runs, fewer=8, warm_up=1)
+    ratio, note = times.ratio("svdvals", OURS), f"σ within {worst:.0e} of svdvals"
+    case, against = f"converting {name}", "float64 svdvals of each"
+    yield Row(case, against, ratio, 4.0, True, times.medians(), "seconds", note)
 
 
 def _worst_sigma(plan: snparam.ConversionPlan, matrices: list[Tensor]) -> float:
@@ -249,19 +275,16 @@ def _worst_sigma(plan: snparam.ConversionPlan, matrices: list[Tensor]) -> float:
         AssertionError: if it is above 1e-3, or another number of layers is converted.
     """
     found = [row.sigma or 0.0 for row in plan.to_convert]
-    exact = [float(torch.linalg.svdvals(matrix.double())[0]) for matrix in matrices]
+    exact = [float(torch.linalg.svdvals(matrix.double().cpu())[0]) for matrix in matrices]
     worst = max(abs(a / b - 1) for a, b in zip(found, exact, strict=True))
     if not worst <= 1e-3:
         raise AssertionError(f"registration is off by {worst:.1e}, expected at most 1e-3")
     return worst
 
 
-def _networks(setup: Setup) -> dict[str, models.Network]:
-    return models.TINY if setup.quick else models.NETWORKS
-
-
-def _by(shape: Shape) -> str:
-    return "x".join(map(str, shape))
+def _residual(setup: Setup) -> tuple[str, models.Network]:
+    name = "tiny" if setup.quick else "ResNet-50"
+    return name, networks_of(setup)[name]
 
 
 CASES: dict[str, Callable[[Setup], Iterator[Row]]] = {
@@ -272,4 +295,5 @@ CASES: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "eval": inference,
     "memory": peak_memory,
     "conversion": conversion,
+    "drift": drift.rows,
 }

@@ -1,15 +1,18 @@
-"""Peak memory of calls beyond what was there before them."""
+"""Memory that calls take beyond what was there before them."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+Run = Callable[[], object]
 
-def peak_extra(run: Callable[[], object], device: str) -> int:
-    """The most bytes that torch holds at once during two calls, less those it held before.
+
+def peak_extra(run: Run, device: str) -> int:
+    """Return the most bytes that torch holds at once during two calls, less those before them.
 
     Two, so that what a first call leaves behind for later ones counts in the second. Neither should
     be the first of its kind in the process, in which libraries make their workspaces. On a CUDA
@@ -21,23 +24,44 @@ def peak_extra(run: Callable[[], object], device: str) -> int:
     What `run` releases of what was there before lowers the count, so that a gradient of an earlier
     call should be dropped first.
     """
+
+    def twice() -> None:
+        run()
+        run()
+
+    return _extra(twice, device)[0]
+
+
+def left_behind(make: Run, device: str) -> int:
+    """Return the bytes that torch holds for what a call returns, beyond those held before it."""
+    made: list[object] = []
+
+    def run() -> None:
+        made.append(make())
+        gc.collect()
+
+    gc.collect()
+    return _extra(run, device)[1]
+
+
+def _extra(run: Callable[[], None], device: str) -> tuple[int, int]:
+    """Return the bytes held beyond those before a call: at its worst, and at its end."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        run()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        peak, end = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        return peak - before, end - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
         run()
     assert recorded.profiler is not None
     results = recorded.profiler.kineto_results
     assert results is not None
-    held = peak = 0
+    held = highest = 0
     events = [event for event in results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+        highest = max(highest, held)
+    return highest, held

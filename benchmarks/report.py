@@ -7,7 +7,6 @@ import math
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ import torch
 import snparam
 from benchmarks.rows import Row, Setup
 from snparam.conversion.tables import aligned
-
-from .curves import Curves
 
 _HEADER = ["case", "against", "reach", "ratio", "quartiles", ""]
 
@@ -30,6 +27,15 @@ def table(rows: Sequence[Row]) -> str:
 def notes(rows: Sequence[Row]) -> str:
     """What was checked on the way, a line each."""
     return "\n".join(f"{row.case}: {row.note}" for row in rows if row.note)
+
+
+def on_and_off(rows: Sequence[Row]) -> str:
+    """An aligned table of speed-ups: milliseconds with each and without, and their ratio."""
+    lines = []
+    for row in rows:
+        on, off = (f"{row.medians[which] * 1e3:.3g} ms" for which in ("on", "off"))
+        lines.append([row.case, on, off, *_cells(row)[3:5]])
+    return aligned(["case", "on", "off", "off / on", "quartiles"], lines)
 
 
 def line(row: Row) -> str:
@@ -54,6 +60,8 @@ def _cells(row: Row) -> list[str]:
 def _number(value: float) -> str:
     if math.isnan(value):
         return "?"
+    if 0 < abs(value) < 0.01:
+        return f"{value:.0e}"
     # Near 1 the targets are percents.
     return f"{value:.3f}" if 0.9 < value < 1.1 else f"{value:.2f}"
 
@@ -90,9 +98,7 @@ def _slug(name: str) -> str:
     return "-".join(word for word in words if word not in ("cpu", "processor"))
 
 
-def as_data(
-    rows: Sequence[Row], panels: Sequence[Curves], setup: Setup, command: str
-) -> dict[str, Any]:
+def as_data(rows: Sequence[Row], setup: Setup, command: str) -> dict[str, Any]:
     """Everything measured, with raw medians, for JSON."""
     return {
         "command": command,
@@ -112,7 +118,6 @@ def as_data(
             }
             for row in rows
         ],
-        "curves": [asdict(panel) for panel in panels],
     }
 
 
@@ -126,24 +131,18 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def write_markdown(path: Path, rows: Sequence[Row], setup: Setup, command: str) -> None:
+def write_markdown(
+    path: Path, rows: Sequence[Row], setup: Setup, command: str, ablated: bool = False
+) -> None:
     """Write the table, with what it ran on and the command that made it."""
     about = "\n".join(f"- {key}: {value}" for key, value in machine(setup).items())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        f"""\
+    checked = f"\nChecked in the same run:\n\n```text\n{notes(rows)}\n```\n"
+    text = f"""\
 # {path.stem}
 
 Made by `{command}`.
 
-Ratios of costs in the same rounds, medians over rounds with their quartiles. `>=`: the other's time
-by snparam's. `<=`: snparam's by the other's. Rows of added time divide differences from the
-unconverted model. Rows without a target are for looking. Two kinds of them have no snparam in them:
-bare operations are what two products, a division, a dot product and a rank-one update take by
-themselves, and so how far this machine lets anything get that takes them one after another; the
-least function is one autograd Function in Python around them, without any check, state or rule, and
-so how far it lets anything get that is written in Python. Of an iteration with several vectors, its
-two products alone are what BLAS takes for them. Medians of each are in
+{_ABOUT_SPEED_UPS if ablated else _ABOUT_RATIOS} Medians of each are in
 [{path.stem}.json]({path.stem}.json).
 
 {about}
@@ -151,17 +150,21 @@ two products alone are what BLAS takes for them. Medians of each are in
 ```text
 {table(rows)}
 ```
+{checked if notes(rows) else ""}"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
-Checked in the same run:
 
-```text
-{notes(rows)}
-```
+_ABOUT_RATIOS = """\
+Ratios of costs in the same rounds, medians over rounds with their quartiles. `>=`: the other's time
+by snparam's. `<=`: snparam's by the other's. Rows of added time or memory divide differences from
+the unconverted model. Rows without a target are for looking.\
+"""
 
-![Cost against layer size, num_svs and number of layers]({path.stem}.png)
-""",
-        encoding="utf-8",
-    )
+_ABOUT_SPEED_UPS = """\
+The time without each speed-up by the time with it, in the same rounds: medians over rounds with
+their quartiles. A speed-up that earns nothing in any row is to be deleted.\
+"""
 
 
 def _processor() -> str:

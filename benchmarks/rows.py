@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .timing import Spread
+from .timing import WARM_UP, Spread, Times, interleaved
 
 
 @dataclass(frozen=True)
@@ -16,15 +17,20 @@ class Setup:
         device: "cpu" or "cuda".
         rounds: interleaved rounds of a row whose work is short.
         quick: tiny shapes, to see that it runs.
+        most_seconds: after which a row begins no further round.
     """
 
     device: str
     rounds: int
     quick: bool
+    most_seconds: float = math.inf
 
-    def fewer(self, factor: int) -> int:
-        """Rounds for work that is long."""
-        return max(min(self.rounds, 5), self.rounds // factor)
+    def times(
+        self, runs: Mapping[str, Callable[[], object]], fewer: int = 1, warm_up: int = WARM_UP
+    ) -> Times:
+        """Time contenders against each other, in so many times `fewer` rounds if work is long."""
+        rounds = max(min(self.rounds, 5), self.rounds // fewer)
+        return interleaved(runs, rounds, self.device, warm_up, self.most_seconds)
 
 
 @dataclass(frozen=True)

@@ -78,12 +78,15 @@ def interleaved(
     rounds: int,
     device: str,
     warm_up: int = WARM_UP,
+    most_seconds: float = math.inf,
 ) -> Times:
     """Time every contender in every round, after `warm_up` calls of each.
 
     In each round the next contender goes first. A sample is the mean over as many calls in a row
     as the fastest contender needs to reach `SHORTEST_SAMPLE`; that number is the same for all.
+    After `most_seconds`, warming up included, no round but the first begins.
     """
+    began = time.perf_counter()
     for run in contenders.values():
         for _ in range(warm_up):
             run()
@@ -92,6 +95,8 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(rounds):
+        if number and time.perf_counter() - began > most_seconds:
+            break
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             times[name].append(_sample(contenders[name], device, repeat))

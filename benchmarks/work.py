@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import snparam
+from snparam.estimators.estimate import ESTIMATORS
 
 Work = Callable[[], None]
 
@@ -16,37 +17,37 @@ Work = Callable[[], None]
 def read_and_backward(layer: nn.Module, grad: Tensor) -> Work:
     """Read a layer's weight and go backward from it, as its forward and backward do.
 
-    On a layer under torch's deprecated hook, the hook is called, as the forward would call it. The
-    parameter has no gradient before or after.
+    The parameter has no gradient before or after.
     """
     any_layer: Any = layer
     (parameter,) = layer.parameters()
-    hooks = list(layer._forward_pre_hooks.values())
-    if "weight_orig" not in layer._parameters:
-        hooks = []  # snparam's only tell it where a forward begins
 
     def run() -> None:
-        for hook in hooks:
-            hook(layer, ())
         any_layer.weight.backward(grad)
         parameter.grad = None
 
     return run
 
 
-def training_step(
-    model: nn.Module, x: Tensor, passes: int = 1, update_after_step: bool = False
-) -> Work:
+def training_step(model: nn.Module, x: Tensor, passes: int = 1) -> Work:
     """`passes` forwards and backwards, and one optimizer step."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
-    if update_after_step:
-        snparam.update_after_step(optimizer, model)
 
     def run() -> None:
         for _ in range(passes):
             model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    return run
+
+
+def move(matrix: Tensor, sigma: str, num_svs: int) -> Work:
+    """One step of an estimator on a matrix (m, n), from vectors that do not change."""
+    start = torch.randn(1, num_svs, len(matrix), device=matrix.device)
+
+    def run() -> None:
+        ESTIMATORS[sigma].move([matrix[None]], [start], 1, 0.0)
 
     return run
 
@@ -65,3 +66,12 @@ def matrices_of(layers: list[Any]) -> Iterator[Tensor]:
     """The weights of layers as matrices (m, n), rows first."""
     for layer in layers:
         yield layer.weight.detach().flatten(1)
+
+
+def conversion(model: nn.Module) -> Work:
+    """Convert a network, and take it back."""
+
+    def run() -> None:
+        snparam.restore_model(snparam.convert_model(model, progress=False), bake=False)
+
+    return run

@@ -1,26 +1,32 @@
 """snparam: hold the spectral norm of a PyTorch network's weights."""
 
+from snparam.checkpoints import load, spellings  # noqa: F401 - these register themselves
+from snparam.checkpoints.optimizer_state import optimizer_state_dict_for
 from snparam.checkpoints.save import plain_state_dict, state_dict_for
-from snparam.conversion.convert import convert_model, plan_conversion
-from snparam.conversion.plan import ConversionPlan
+from snparam.constraints import bound, fixed, gain  # noqa: F401 - these register themselves
+from snparam.conversion.convert import convert_model
+from snparam.conversion.plan import ConversionPlan, plan_conversion
 from snparam.conversion.register import register_sn, remove_sn
 from snparam.conversion.restore import restore_model
+from snparam.estimators import power, rayleigh_ritz  # noqa: F401 - these register themselves
 from snparam.layers.register import register_layer_type
 from snparam.matrices.views import Layout
+from snparam.parametrization.attachment import weight_in_use
+from snparam.parametrization.contexts import cached, frozen
+from snparam.parametrization.gains import gain_parameters, parameter_groups
+from snparam.parametrization.refresh import refresh
 from snparam.parametrization.spectral_norm import SpectralNorm
-from snparam.parametrization.training import (
-    cached,
-    frozen,
-    parameter_groups,
-    update,
-    update_after_step,
-)
-from snparam.spectrum.values import singular_values, verify
+from snparam.parametrization.update import update
+from snparam.spectrum.values import singular_values
+from snparam.spectrum.verify import verify
 from snparam.systems import (  # noqa: F401 - these register themselves
+    assigned_parameters,
+    diffusers_ema,
     peft,
     pickling,
+    replaced_weights,
+    reset_parameters,
     save_pretrained,
-    tied_weights,
 )
 
 __version__ = "0.1.0"
@@ -32,9 +38,12 @@ __all__ = [
     "cached",
     "convert_model",
     "frozen",
+    "gain_parameters",
+    "optimizer_state_dict_for",
     "parameter_groups",
     "plain_state_dict",
     "plan_conversion",
+    "refresh",
     "register_layer_type",
     "register_sn",
     "remove_sn",
@@ -42,6 +51,11 @@ __all__ = [
     "singular_values",
     "state_dict_for",
     "update",
-    "update_after_step",
     "verify",
+    "weight_in_use",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted([*__all__, "__version__"])

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from snparam.conversion.convert import convert_model, plan_conversion
+from snparam.conversion.convert import convert_model
+from snparam.conversion.plan import plan_conversion
 from snparam.conversion.restore import restore_model
 from snparam.spectrum.plotting import plot_confusion_matrix, plot_singular_values
-from snparam.spectrum.values import singular_values, verify
+from snparam.spectrum.values import singular_values
+from snparam.spectrum.verify import verify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from tqdm import tqdm
 
-    from snparam.spectrum.values import Verification, VerificationRow
+    from snparam.spectrum.verify import Verification, VerificationRow
 
 __all__ = ["Check", "Result", "run"]
 
@@ -152,7 +154,7 @@ def _run(out: Path, epochs: int, seed: int, say: _Narrator) -> Result:
     worst, epoch = training.worst_drift
     say.line(
         f"{len(training.losses)} steps in {time.perf_counter() - started:.1f} s; the largest drift "
-        f"at the end of an epoch was {worst.drift:.1e} ({worst.name}, epoch {epoch})"
+        f"at the end of an epoch was {worst.drift:.1e} ({worst.weight}, epoch {epoch})"
     )
 
     model.eval()
@@ -312,7 +314,7 @@ def _close_to_one(claim: str, report: Verification, tolerance: float) -> Check:
     worst = max(report, key=_drift)
     return Check(
         f"{claim} is 1 within {tolerance:g}",
-        f"at most {worst.drift:.1e} away ({worst.name})",
+        f"at most {worst.drift:.1e} away ({worst.weight})",
         worst.drift <= tolerance,
     )
 
@@ -398,7 +400,7 @@ class _Narrator:
         for row in report:
             shape = "×".join(str(size) for size in row.shape)
             numbers = f"{row.estimate:.6g}", f"{row.exact:.6f}", f"{row.drift:.1e}"
-            table.add_row(row.name, shape, *numbers)
+            table.add_row(row.weight, shape, *numbers)
         Console().print(table)
 
     def progress(self, steps: int) -> tqdm[None]:

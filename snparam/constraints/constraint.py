@@ -1,58 +1,126 @@
-"""What is done with σ: the divisor of a weight as a function of its largest singular value.
+"""What is done with σ: the constraints there are, and what each has to say.
 
-    W / σ                 the default (Miyato et al. 2018)
-    W / (σ / c)           coeff=c: the norm is held at c
-    W / max(1, σ / c)     soft=True, coeff=c: the norm is held at no more than c (as in SNGP,
-                          Liu et al. 2020)
-    γ W / σ               gain: the norm is γ, fixed, or learned (σReparam, Zhai et al. 2023)
-
-Every divisor is piecewise linear in σ, so that its value and its slope are all there is to know.
+W / σ                 the default (Miyato et al. 2018)
+c · W / σ             coeff=c: the norm is held at c
+W / max(1, σ / c)     soft=True, coeff=c: the norm is held at no more than c (SNGP, Liu et al.
+                      2020)
+γ · W / σ             gain: the norm is γ, fixed, or learned (σReparam, Zhai et al. 2023)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
+from snparam.constraints.division import Divisor, divide
+from snparam.estimators.estimate import Estimate
+from snparam.matrices.views import View
 
-@dataclass(frozen=True)
+
+class Options(Protocol):
+    """The options of a constraint: attributes of the settings that a weight is registered with."""
+
+    @property
+    def coeff(self) -> float:
+        """c."""
+
+    @property
+    def soft(self) -> bool:
+        """Whether c is a bound only."""
+
+    @property
+    def gain(self) -> Any:
+        """Whether there is a γ, and whether it is learned."""
+
+
+Parameters = Mapping[str, Tensor]
+
+
 class Constraint:
-    """The bound on σ, and whether it is a bound only or the value.
+    """Something to do with σ. It has no state of its own, and is registered by its name.
 
     Attributes:
-        coeff: c.
-        soft: whether weights with σ ≤ c are left as they are.
+        name: what the option `constraint` calls it.
     """
 
-    coeff: float = 1.0
-    soft: bool = False
+    name: str
 
-    def divisor(self, sigma: Tensor) -> tuple[Tensor, Tensor | float]:
-        """d(σ) and dd/dσ, for σ (b,)."""
-        if not self.soft:
-            return (sigma, 1.0) if self.coeff == 1 else (sigma / self.coeff, 1 / self.coeff)
-        over = sigma > self.coeff
-        return torch.where(over, sigma / self.coeff, 1.0), over.to(sigma.dtype) / self.coeff
+    def check(self, options: Options) -> None:
+        """Check the options that belong to this constraint.
 
-    def divisor_of(self, sigma: float) -> tuple[float, float]:
-        """`divisor` for a number."""
-        if self.soft and sigma <= self.coeff:
-            return 1.0, 0.0
-        return sigma / self.coeff, 1 / self.coeff
+        Raises:
+            ValueError: if a value is out of range, or one that is set has no meaning here.
+        """
 
-    def norm_of(self, sigma: Tensor, gain: Tensor | None) -> Tensor:
-        """The norm (b,) that a weight with the given σ has under the constraint; 0 stays 0."""
-        if gain is not None:
-            norm = gain.detach().abs().to(sigma)
-        else:
-            norm = torch.full_like(sigma, self.coeff)
-            norm = torch.minimum(sigma, norm) if self.soft else norm
-        return torch.where(sigma == 0, 0.0, norm)
+    def parameters(self, sigma: Tensor, options: Options) -> dict[str, tuple[Tensor, bool]]:
+        """Return tensors to keep beside the state: where each starts, and whether it is learned.
+
+        Args:
+            sigma: σ₁ (b,) of the weight, 1 where it has none.
+            options: those that the weight is registered with.
+        """
+        return {}
+
+    def apply(
+        self,
+        weight: Tensor,
+        estimate: Estimate,
+        parameters: Parameters,
+        options: Options,
+        view: View,
+        *,
+        plain: bool,
+    ) -> Tensor:
+        """Return the weight in use, differentiable any number of times.
+
+        Args:
+            weight: the original, of the view's shape.
+            estimate: what an estimator has found, constant to autograd.
+            parameters: the tensors that `parameters` has named.
+            options: those that the weight is registered with.
+            view: how the weight is read as (b, m, n).
+            plain: whether to use torch's own operations alone, for tracers that save them.
+        """
+        raise NotImplementedError
+
+    def norm(self, sigma: Tensor, parameters: Parameters, options: Options) -> Tensor:
+        """Return the norm (b,) that it promises for weights of these σ, which `verify` checks."""
+        raise NotImplementedError
 
 
-def gain_in(dtype: torch.dtype, gain: Tensor) -> Tensor:
-    """γ (b,) in a dtype, or as it is where that does not reach so far."""
-    rounded = gain.to(dtype)
-    return rounded if rounded.isfinite().all() else gain
+class Division(Constraint):
+    """A constraint that divides each block by a function of its σ, from which `apply` follows."""
+
+    def divisor(self, sigma: Tensor, parameters: Parameters, options: Options) -> Divisor:
+        """Return d(σ), its slope, and what to multiply by; σ is () for one block, or (b,)."""
+        raise NotImplementedError
+
+    def apply(
+        self,
+        weight: Tensor,
+        estimate: Estimate,
+        parameters: Parameters,
+        options: Options,
+        view: View,
+        *,
+        plain: bool,
+    ) -> Tensor:
+        """Return γ W / d."""
+        divisor = self.divisor(estimate.sigma, parameters, options)
+        return divide(weight, divisor, estimate.u[:, 0], estimate.v[:, 0], view, plain=plain)
+
+
+CONSTRAINTS: dict[str, Constraint] = {}
+
+
+def register_constraint(constraint: Constraint) -> None:
+    """Let the option `constraint` name a constraint.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    if constraint.name in CONSTRAINTS:
+        raise ValueError(f"constraint={constraint.name!r} is registered already")
+    CONSTRAINTS[constraint.name] = constraint

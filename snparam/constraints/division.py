@@ -1,7 +1,6 @@
 """Dividing a weight by a function of its σ, with the gradient in one pass.
 
-Knows views, not modules. The classic case is W / σ (Miyato et al. 2018; their equation 12 is the
-gradient).
+The classic case is W / σ (Miyato et al. 2018; their equation 12 is the gradient).
 """
 
 from __future__ import annotations
@@ -11,176 +10,216 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from snparam.matrices.sharded import divide_sharded, is_sharded
+from snparam.constraints.sharded_division import divide_sharded
+from snparam.matrices import torch_private
+from snparam.matrices.orthonormalisation import reads_freely
+from snparam.matrices.sharded import is_sharded
 from snparam.matrices.views import View
 
 # Up to here a loop over blocks on a CPU is faster than one batched product of vectors.
 _FEW_BLOCKS = 64
 
 
-class Division(NamedTuple):
-    """What a weight is divided by: d(σ) with σ(W) = Re(uᴴ W v), u and v constants.
+class Divisor(NamedTuple):
+    """What a weight is divided by, as a function d of σ, and what it is multiplied by.
 
     Attributes:
-        divisor: the value of d, (b,), not negative, or a number for one matrix. A matrix whose d
-            is 0 is a zero matrix: it stays as it is, and so does its gradient, so that a
-            zero-initialised layer learns its way out.
-        slope: (b,) or a number, with dd/dW = slope · u vᴴ. It is dd/dσ where u and v are unit.
-        u: (b, m).
-        v: (b, n).
-        view: how the weight is read as (b, m, n).
-        filled: the value of d with 1 for 0, where it has been computed.
+        value: d(σ), () for one block or (b,), positive.
+        slope: dd/dσ, of the same shape or a number.
+        numerator: γ, (b,), or None for 1; gradients flow into it.
     """
 
-    divisor: Tensor | float
-    slope: Tensor | float
-    u: Tensor
-    v: Tensor
-    view: View
-    filled: Tensor | None = None
+    value: Tensor
+    slope: Tensor | float = 1.0
+    numerator: Tensor | None = None
 
 
-def divide(weight: Tensor, by: Division, gain: Tensor | None = None) -> Tensor:
-    """γ W / d, block by block.
+def divide(
+    weight: Tensor, divisor: Divisor, u: Tensor, v: Tensor, view: View, *, plain: bool = False
+) -> Tensor:
+    """Return γ W / d, block by block, where σ(W) = Re(uᴴ W v) with u and v constant.
 
-    The value of d comes in, already known from the power-iteration step, so that nothing is
-    multiplied twice; its dependence on W is only in the gradient: dd/dW = slope · u vᴴ.
+    The value of d comes in, already known from the step that found σ, so that nothing is multiplied
+    twice; its dependence on W is only in the gradient: dd/dW = slope · u vᴴ.
 
     Args:
         weight: of the view's shape and any floating dtype; the result has both, and its strides.
-        by: the divisor.
-        gain: γ, (b,), which gradients flow into; None is 1.
+        divisor: d and γ.
+        u: (b, m), unit vectors.
+        v: (b, n), unit vectors.
+        view: how the weight is read as (b, m, n).
+        plain: whether to use torch's own operations alone, which tracers can follow and save, and
+            not an autograd Function, which saves memory and passes in the backward.
 
     Differentiable any number of times, in forward mode, and under torch.func and torch.compile; a
     sharded weight in reverse mode only.
     """
     if is_sharded(weight):
-        return divide_sharded(weight, gain, *by[:5])  # type: ignore[arg-type]
-    if _transformed():
-        return _divided(weight, _nonzero(_attached(weight, by)), gain, by.view)
-    out: Tensor = _Divide.apply(weight, gain, by)  # type: ignore[no-untyped-call]
+        return divide_sharded(weight, divisor.numerator, *divisor[:2], u, v, view)  # type: ignore[arg-type]
+    if plain or _is_traced():
+        # A trace is one for all modes, and is compared with one that is made without gradients.
+        tracing = torch_private.tracing_state() is not None
+        recording = torch.is_grad_enabled() and weight.requires_grad
+        if recording or tracing or _is_traced():
+            # In u's dtype, or gradients would be summed in half precision.
+            wide = weight.to(u.dtype)
+            divisor = _attached(wide, divisor, u, v, view)
+            return _divided(wide, divisor, view).to(weight.dtype)
+        return _divided(weight, divisor, view)
+    out: Tensor = _Divide.apply(weight, divisor.numerator, divisor, u, v, view)  # type: ignore[no-untyped-call]
     return out
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast for the tensor's device; free of cost where there is none."""
-    kind = tensor.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
+    """Return a context without autocast for a tensor's device, free of cost where it is off."""
+    if is_autocast_on(tensor):
+        return torch.autocast(tensor.device.type, enabled=False)
     return nullcontext()
 
 
-class _Divide(torch.autograd.Function):
-    """`divide` in one pass forward, and backward in one dot product and one rank-one update.
+def is_autocast_on(tensor: Tensor) -> bool:
+    """Return whether autocast is on for a tensor's device; the meta device has none."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
-    It has `forward(ctx, ...)` and no `setup_context`, which torch.func would need: binding the
+
+class _Divide(torch.autograd.Function):
+    """`divide`, whose backward is one dot product and one rank-one update.
+
+    It saves the weight, u, v and d: neither the result nor anything else of the weight's size. It
+    has `forward(ctx, ...)` and no `setup_context`, which torch.func would need: binding the
     arguments of the latter takes longer than a small layer's whole step.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, gain: Tensor | None, by: Division) -> Tensor:
-        d = filled(by.divisor) if by.filled is None else by.filled
-        ctx.slope, ctx.view = by.slope, by.view
-        ctx.save_for_backward(weight, gain, by.u, by.v, by.divisor, d)
-        return _divided(weight, d, gain, by.view)
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        numerator: Tensor | None,
+        divisor: Divisor,
+        u: Tensor,
+        v: Tensor,
+        view: View,
+    ) -> Tensor:
+        slope = divisor.slope
+        ctx.slope, ctx.view = (None if isinstance(slope, Tensor) else slope), view
+        saved = slope if isinstance(slope, Tensor) else None
+        ctx.save_for_backward(weight, numerator, u, v, divisor.value, saved)
+        return _divided(weight, divisor, view)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, gain, u, v, divisor, d = ctx.saved_tensors
-        by = Division(divisor, ctx.slope, u, v, ctx.view)
+        weight, numerator, u, v, value, slope = ctx.saved_tensors
+        divisor = Divisor(value, ctx.slope if slope is None else slope, numerator)
         with without_autocast(grad):
             if torch.is_grad_enabled():
-                return (*gradients_in_graph(grad, weight, gain, by), None)
-            return (*_gradients(grad, weight, gain, d, by), None)
-
-
-def gradients_in_graph(
-    grad: Tensor, weight: Tensor, gain: Tensor | None, by: Division
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients for the weight and for γ, for double backward.
-
-    By differentiable operations, in which d depends on W.
-    """
-    return _gradients(grad, weight, gain, _nonzero(_attached(weight, by)), by)
-
-
-def filled(divisor: Tensor | float) -> Tensor:
-    """A divisor (b,) with 1 for 0."""
-    assert isinstance(divisor, Tensor)
-    return divisor + (divisor == 0)
+                divisor = _attached(weight, divisor, u, v, ctx.view)
+            into_weight, into_numerator = _gradients(grad, weight, divisor, u, v, ctx.view)
+        return into_weight, into_numerator, None, None, None, None
 
 
 def _gradients(
-    grad: Tensor, weight: Tensor, gain: Tensor | None, d: Tensor, by: Division
+    grad: Tensor, weight: Tensor, divisor: Divisor, u: Tensor, v: Tensor, view: View
 ) -> tuple[Tensor, Tensor | None]:
-    """γ/d (G − slope · ⟨G, W⟩/d · u vᴴ) for the weight, and ⟨G, W⟩/d for γ.
+    """Return γ/d (G − slope · ⟨G, W⟩/d · u vᴴ) for the weight, and ⟨G, W⟩/d for γ."""
+    g = view.to_matrices(grad, like=weight).to(u.dtype)
+    w = view.to_matrices(weight).to(u.dtype)
+    d, slope, numerator = divisor
+    into_numerator: Tensor | None = None
+    if len(g) == 1 and not torch.is_grad_enabled() and reads_freely(grad):
+        number = d.item()
+        along = _inner(g, w).item() / number
+        scale = (1.0 if numerator is None else numerator.item()) / number
+        rate = along * scale * (slope.item() if isinstance(slope, Tensor) else slope)
+        if numerator is not None:
+            into_numerator = torch.full_like(numerator, along)
+        combined = rank_one_update(g, u, v, scale, rate)
+    else:
+        if len(g) > 1:
+            d = d.to(g.real.dtype)[:, None, None]
+        # Not ⟨G, W⟩/d², which underflows first.
+        divided = g / d
+        along_d = _inner(divided, w)
+        rate_d = along_d / d.reshape(along_d.shape)
+        if isinstance(slope, Tensor) or slope != 1:
+            rate_d = rate_d * slope
+        if numerator is not None:
+            into_numerator = along_d.reshape(-1).to(numerator.dtype)
+            factor = numerator.to(g.real.dtype).reshape(along_d.shape)
+            rate_d = rate_d * factor
+            divided = divided * (factor if len(g) == 1 else factor[:, None, None])
+        combined = rank_one_update(divided, u, v, None, rate_d)
+    return view.from_matrices(combined, like=weight).to(weight.dtype), into_numerator
 
-    In as few operations as there can be: on an accelerator they are what a small weight costs.
+
+def rank_one_update(
+    g: Tensor, u: Tensor, v: Tensor, scale: float | None, rate: float | Tensor
+) -> Tensor:
+    """Return scale · G − rate · u vᴴ for each block.
+
+    With numbers, of one block, it is one pass; with tensors G may be overwritten, unless gradients
+    are recorded.
+
+    Args:
+        g: (b, m, n).
+        u: (b, m).
+        v: (b, n).
+        scale: a number, or None for 1.
+        rate: a number, or () for one block and (b,) for several.
     """
-    blocks, rows, columns = by.view.matrices
-    u, v = by.u.reshape(blocks, rows, 1), by.v.reshape(blocks, 1, columns).conj()
-    g = by.view.to_matrices(grad, like=weight).to(u.dtype)
-    along = _inner(g, by.view.to_matrices(weight).to(u.dtype)) / d
-    # Not slope · ⟨G, W⟩ / d², which underflows first.
-    if gain is None:
-        combined, rate = g / d[:, None, None], along / d
-    else:
-        scale = gain.to(d.dtype) / d
-        combined, rate = g * scale[:, None, None], along * scale
-    slope = by.slope
-    if isinstance(slope, Tensor):
-        rate, slope = rate * slope, 1.0
-    outer = rate[:, None, None] * u
+    blocks, rows, columns = g.shape
+    u, v = u.reshape(blocks, rows, 1), v.reshape(blocks, 1, columns).conj()
+    if not isinstance(rate, Tensor):
+        scale = 1.0 if scale is None else scale
+        limit = torch.finfo(g.dtype).max
+        if abs(scale) > limit or abs(rate) > limit:  # which the product takes for an error
+            return g * scale - (rate * u) * v
+        return torch.addr(g[0], u.view(-1), v.view(-1), beta=scale, alpha=-rate).unsqueeze(0)
+    outer = (rate if blocks == 1 else rate[:, None, None]) * u
     if torch.is_grad_enabled():
-        combined = combined - slope * outer * v
-    else:
-        combined.baddbmm_(outer, v, alpha=-slope)
-    into_gain = None if gain is None else along.to(gain.dtype)
-    return by.view.from_matrices(combined, like=weight).to(weight.dtype), into_gain
+        return g - outer * v
+    return g.baddbmm_(outer.to(g.dtype), v, alpha=-1.0)
 
 
-def _transformed() -> bool:
-    """Whether plain operations are needed: in a compiler, torch.func or forward-mode AD."""
-    if torch.compiler.is_compiling():
+def _is_traced() -> bool:
+    """Return whether plain operations are needed: in a tracer, torch.func or forward-mode AD."""
+    if torch.compiler.is_compiling() or torch_private.tracing_state() is not None:
         return True
-    transforms: bool = torch._C._are_functorch_transforms_active()
-    return transforms or forward_ad._current_level >= 0
+    return torch_private.functorch_is_active() or torch_private.forward_ad_is_active()
 
 
-def _divided(weight: Tensor, d: Tensor, gain: Tensor | None, view: View) -> Tensor:
-    if d.shape[0] == 1:
-        out = weight / d if gain is None else weight * (gain / d)
+def _divided(weight: Tensor, divisor: Divisor, view: View) -> Tensor:
+    d, _, numerator = divisor
+    if view.matrices[0] == 1:
+        d = d.reshape(())
+        out = weight / d if numerator is None else weight * (numerator.reshape(()) / d)
     else:
-        matrices = view.to_matrices(weight)
+        stack = view.to_matrices(weight)
         d = d[:, None, None]
-        out = matrices / d if gain is None else matrices * (gain[:, None, None] / d)
+        out = stack / d if numerator is None else stack * (numerator[:, None, None] / d)
         out = view.from_matrices(out, like=weight)
     return out.to(weight.dtype)
 
 
-def _nonzero(divisor: Tensor) -> Tensor:
-    """`filled` for a divisor that depends on the weight: 1 is a constant, and that of a zero is."""
-    return torch.where(divisor == 0, 1.0, divisor)
-
-
 def _inner(g: Tensor, w: Tensor) -> Tensor:
-    """Re⟨G, W⟩ per block, (b,)."""
+    """Return Re⟨G, W⟩ for each block, () for one or (b,)."""
     g, w = g.reshape(len(g), -1), w.reshape(len(w), -1)
     if g.is_cpu and len(g) <= _FEW_BLOCKS and not torch.is_grad_enabled():
         if len(g) == 1:
-            return torch.vdot(g[0], w[0]).real.view(1)
+            return torch.vdot(g[0], w[0]).real
         return torch.stack([torch.vdot(*pair) for pair in zip(g, w, strict=True)]).real
     # A product, because multiplying and summing would first make a third tensor of their size.
     inner: Tensor = torch.bmm(g.conj()[:, None], w[:, :, None]).flatten().real
-    return inner
+    return inner.reshape(()) if len(g) == 1 else inner
 
 
-def _attached(weight: Tensor, by: Division) -> Tensor:
-    """The divisor, unchanged in value, made to depend on the weight with the given slope."""
-    blocks, rows, columns = by.view.matrices
-    product = by.view.to_matrices(weight).to(by.u.dtype) @ by.v.reshape(blocks, columns, 1)
-    sigma: Tensor = (by.u.reshape(blocks, rows).conj() * product.squeeze(-1)).sum(-1).real
-    attached: Tensor = by.divisor + by.slope * (sigma - sigma.detach())
-    return attached
+def _attached(weight: Tensor, divisor: Divisor, u: Tensor, v: Tensor, view: View) -> Divisor:
+    """Return the divisor, unchanged in value, made to depend on the weight with its slope."""
+    blocks, rows, columns = view.matrices
+    product = view.to_matrices(weight).to(u.dtype) @ v.reshape(blocks, columns, 1)
+    sigma: Tensor = (u.reshape(blocks, rows).conj() * product.squeeze(-1)).sum(-1).real
+    if blocks == 1:
+        sigma = sigma.reshape(())
+    value = divisor.value + divisor.slope * (sigma - sigma.detach())
+    return divisor._replace(value=value)

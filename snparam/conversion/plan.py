@@ -1,64 +1,28 @@
-"""The plan of a conversion: where a model's weights are, and what is to become of each."""
+"""The plan of a conversion: what is to become of each weight of a model, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from typing_extensions import Unpack
 
-from snparam.conversion.candidates import Candidate, is_lazy
+from snparam.conversion.arguments import check_model
+from snparam.conversion.selection import Filter, Selection, Selectors
 from snparam.conversion.tables import aligned
-from snparam.layers.table import Weight, is_packed, layer_type, note_on, weights_of
-from snparam.layers.torch_norms import hook_behind, hooked, kind_on
-from snparam.matrices.views import Layout
-from snparam.parametrization.find import norms_of
-from snparam.parametrization.options import Settings
+from snparam.conversion.weights import UNKNOWN, Weight, weights_in
+from snparam.layers.rows import qualified
+from snparam.parametrization.find import normalised_weights
+from snparam.parametrization.options import Options, Settings, documents_options, settings_from
 from snparam.parametrization.spectral_norm import SpectralNorm
-
-# What ends the reason for a type that users may know better.
-_UNKNOWN = "is not in the layer table"
 
 CONVERT, SKIP, REFUSE = "convert", "skip", "refuse"
 ALREADY = "already normalised"
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in the model where a tensor of two or more dimensions is used.
-
-    Attributes:
-        path: qualified names and modules from the root to the owner, both included.
-        tensor: name of the tensor in its owner.
-        key: identity of the tensor; tied weights have the same.
-        shape: its shape, or () if it has none.
-        candidate: for a tensor that the layer table knows.
-        reason: for one that it does not know: why it is left out.
-    """
-
-    path: tuple[tuple[str, nn.Module], ...]
-    tensor: str
-    key: int
-    shape: tuple[int, ...]
-    candidate: Candidate | None
-    reason: str = ""
-
-    @property
-    def name(self) -> str:
-        """Qualified name of the owner."""
-        return self.path[-1][0]
-
-    @property
-    def owner(self) -> nn.Module:
-        """The module that has the tensor."""
-        return self.path[-1][1]
-
-    @property
-    def weight_name(self) -> str:
-        """Qualified name of the weight."""
-        return f"{self.name}.{self.tensor}" if self.name else self.tensor
 
 
 @dataclass(frozen=True)
@@ -67,14 +31,14 @@ class PlanRow:
 
     Attributes:
         name: qualified name of the module.
-        tensor: name of the tensor in it.
+        tensor: name of the tensor in it. `weight`, of both, is the qualified name of the weight.
         layer_type: name of the module's class.
         shape: shape of the weight, () where it has none.
         matrices: (b, m, n), how the weight is read, or None where it is not.
         sigma: the largest of the blocks' largest singular values now, or None.
         decision: `"convert"`, `"skip"` or `"refuse"` (the conversion raises).
         reason: why, in words; empty for an ordinary conversion.
-        site: where the weight is.
+        record: where the weight is and how it is read.
         estimate: u and sv that the conversion will start from.
         shares: the state that it will share, with a weight that is converted already.
     """
@@ -87,14 +51,14 @@ class PlanRow:
     sigma: float | None
     decision: str
     reason: str
-    site: Site = field(repr=False, compare=False)
+    record: Weight = field(repr=False, compare=False)
     estimate: tuple[Tensor, Tensor] | None = field(repr=False, compare=False, default=None)
     shares: SpectralNorm | None = field(repr=False, compare=False, default=None)
 
     @property
     def weight(self) -> str:
         """Qualified name of the weight."""
-        return self.site.weight_name
+        return self.record.name
 
 
 class ConversionPlan(list[PlanRow]):
@@ -112,10 +76,37 @@ class ConversionPlan(list[PlanRow]):
         done = _sizes([r for r in self if r.decision == CONVERT or r.reason == ALREADY])
         return sum(done.values()) / total if total else 0.0
 
+    @property
+    def unknown(self) -> list[PlanRow]:
+        """The rows that are skipped because the layer table does not know their layers."""
+        return [row for row in self if row.decision == SKIP and row.reason.endswith(UNKNOWN)]
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the parameters of two or more dimensions that these rows are of."""
+        total = sum(_sizes(self).values())
+        return sum(_sizes(self.unknown).values()) / total if total else 0.0
+
+    @property
+    def registrations(self) -> list[str]:
+        """The calls that would add the types of these rows to the layer table, read by rows."""
+        types: dict[str, dict[str, None]] = {}
+        for row in self.unknown:
+            kind = parametrize.type_before_parametrizations(row.record.owner)
+            types.setdefault(qualified(kind), {})[row.tensor] = None
+        return [
+            f'snparam.register_layer_type("{kind}", {{'
+            + ", ".join(f'"{name}": "rows"' for name in names)
+            + "})"
+            for kind, names in types.items()
+        ]
+
     def __str__(self) -> str:
         """An aligned table, closed by the share of the parameters that is normalised."""
-        hint = "snparam.register_layer_type adds types to the layer table\n"
-        unknown = any(row.reason.endswith(_UNKNOWN) for row in self)
+        hint = ""
+        if calls := self.registrations:
+            hint = 'to add a type ("columns" where its weight is stored input-first):\n'
+            hint += "".join(f"  {call}\n" for call in calls)
         header = ["weight", "layer", "shape", "matrices", "σ now", "decision", "reason"]
         rows = [
             [
@@ -131,7 +122,7 @@ class ConversionPlan(list[PlanRow]):
         ]
         total = sum(_sizes(self).values())
         return (
-            f"{aligned(header, rows)}\n{hint if unknown else ''}"
+            f"{aligned(header, rows)}\n{hint}"
             f"{len(self.to_convert)} of {len(self)} weights to convert; then {self.share:.1%} of "
             f"the {total:,} parameters of two or more dimensions are normalised"
         )
@@ -141,99 +132,246 @@ class ConversionPlan(list[PlanRow]):
 
 def _sizes(rows: Iterable[PlanRow]) -> dict[int, int]:
     """Number of entries of each different parameter."""
-    return {row.site.key: prod(row.shape) if row.shape else 0 for row in rows}
+    return {row.record.key: prod(row.shape) if row.shape else 0 for row in rows}
 
 
-def sites_of(model: nn.Module, settings: Settings, replace: bool = False) -> Iterator[Site]:
-    """Every place in a model where a tensor of two or more dimensions is used, in its order.
+@documents_options
+def plan_conversion(
+    model: nn.Module,
+    num_svs: int = 1,
+    num_itrs: int = 1,
+    *,
+    include: Selectors = None,
+    exclude: Selectors = None,
+    filter_fn: Filter | None = None,
+    preset: str | None = None,
+    replace: bool = True,
+    progress: bool | None = None,
+    **options: Unpack[Options],
+) -> ConversionPlan:
+    """What `convert_model` would do with the same arguments; nothing is changed.
 
-    With `replace`, weights under torch's spectral norm are candidates.
+    Every parameter of two or more dimensions is in the plan, converted or skipped with a reason. A
+    weight with fewer than `num_svs` singular values tracks those it has: one number is said for
+    layers of all sizes. (`register_sn`, where it is said of one layer, raises.)
+
+    Args:
+        model: the network.
+        include: module types and name patterns, one or several; only weights inside what they pick
+            are converted. Patterns are matched by whole path segments from the root: `layers.1` is
+            not `layers.10`, `*` is anything within a segment, `**` any number of segments. None
+            (the default) includes everything.
+        exclude: the same, for what is left alone; it wins over `include`.
+        filter_fn: `filter_fn(module, qualified_name) -> bool`, True means convert.
+        preset: the name of a choice of what is left alone, see docs/presets.md:
+            "gan-discriminator", "gan-generator", "keep-head", "attention", "sigma-reparam" or
+            "sngp". `include`, `exclude` and `filter_fn` leave out more. None (the default) leaves
+            out nothing.
+        replace: whether to take over weights that are under torch's own spectral norm
+            (`parametrizations.spectral_norm` or the deprecated hook), with the same Parameter and
+            its u, instead of skipping them. Default True. Weights that are parametrized otherwise
+            are always skipped.
+        progress: a progress bar on stderr (tqdm, extra `progress`): None (the default) shows it on
+            a terminal once the work has taken two seconds, True always, False never.
+    {options}
+
+    Returns:
+        The plan, a list of rows; `print(plan)` shows it as a table.
+
+    Raises:
+        ValueError: if a pattern or type matches nothing, a preset is unknown or finds nothing to
+            leave alone, an option is out of range, or a selected weight is normalised already with
+            other options.
+        TypeError: for an unknown option, a selector of a wrong type, or no module.
+        ImportError: if `progress=True` and tqdm is not installed.
     """
-    for path in _paths(model):
-        name, module = path[-1]
-        prefix = f"{name}." if name else ""
-        listed = {w.tensor_name: w for w in weights_of(module) if w.owner is module}
-        if is_packed(module):
-            yield Site(path, "weight", id(module), (), None, "quantised: its weight is packed")
-        for tensor_name, tensor in _tensors(module):
-            if not is_lazy(tensor) and tensor.ndim < 2:
-                continue
-            shape = () if is_lazy(tensor) else tuple(tensor.shape)
-            weight = listed.get(tensor_name)
-            note = note_on(path, tensor_name)
-            if isinstance(note, str):
-                yield Site(path, tensor_name, id(tensor), shape, None, note)
-                continue
-            if isinstance(note, Layout):
-                obstacle = None if weight is None else weight.obstacle
-                weight = Weight(module, tensor_name, note, obstacle)
-            if weight is not None:
-                label = f"'{prefix}{tensor_name}'"
-                candidate = Candidate.of(weight, settings, label, replace)
-                yield Site(path, tensor_name, id(tensor), shape, candidate)
-            else:
-                reason = _not_listed(module, tensor_name, shape)
-                yield Site(path, tensor_name, id(tensor), shape, None, reason)
+    check_model(model, "plan_conversion")
+    settings = settings_from(num_svs, num_itrs, options)
+    selection = Selection.of(include, exclude, filter_fn, model, preset)
+    weights = list(weights_in(model, settings, take_over=replace))
+    norms = {id(known.original): known.norm for known in normalised_weights(model)}
+    _check_options(weights, selection, norms)
+    return plan_of(weights, selection, norms, progress)
 
 
-def _paths(model: nn.Module) -> Iterator[tuple[tuple[str, nn.Module], ...]]:
-    """Every different module once, with the way to it from the root."""
-    seen: set[int] = set()
+def plan_of(
+    weights: Sequence[Weight],
+    selection: Selection,
+    norms: Mapping[int, SpectralNorm],
+    progress: bool | None = False,
+) -> ConversionPlan:
+    """Return the plan of converting those weights of a model that are selected.
 
-    def walk(
-        path: tuple[tuple[str, nn.Module], ...],
-    ) -> Iterator[tuple[tuple[str, nn.Module], ...]]:
-        name, module = path[-1]
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        yield path
-        for child_name, child in module.named_children():
-            if not (child_name == "parametrizations" and parametrize.is_parametrized(module)):
-                yield from walk((*path, (f"{name}.{child_name}" if name else child_name, child)))
-
-    yield from walk((("", model),))
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of a module by name, those that are parametrized included.
-
-    Of several that one tensor is computed from, the largest has the tensor's name.
+    Args:
+        weights: all of the model's weights, asked about with the options.
+        selection: which of them are meant.
+        norms: the SpectralNorms in the model, by the identity of the Parameter behind.
+        progress: as in `plan_conversion`.
     """
-    computed = {f"{name}_orig": name for name in hooked(module)}
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield computed.get(name, name), parameter
-    if parametrize.is_parametrized(module):
-        for name, parametrizations in module.parametrizations.items():  # type: ignore[union-attr, operator]
-            originals = dict(parametrizations.named_parameters(recurse=False))
-            largest = max(originals, key=lambda n: originals[n].numel(), default="")
-            for original, parameter in originals.items():
-                inside = f"parametrizations.{name}.{original}"
-                yield (name if original == largest else inside), parameter
+    together: dict[int, list[Weight]] = {}
+    for weight in weights:
+        together.setdefault(weight.key, []).append(weight)
+    rows = [_decide(w, selection, together[w.key], norms.get(w.key)) for w in weights]
+    estimates: dict[int, tuple[Tensor, Tensor] | ValueError] = {}
+    plan = ConversionPlan()
+    for row in _with_progress(rows, progress):
+        plan.append(_estimated(row, estimates) if row.decision == CONVERT else row)
+    return plan
 
 
-def carried_norms(model: nn.Module) -> dict[int, SpectralNorm]:
-    """The states in a model, by the identity of the Parameter behind."""
-    return {
-        id(module.parametrizations[tensor].original): norm  # type: ignore[index, union-attr]
-        for module in model.modules()
-        for tensor, norm in norms_of(module)
-    }
+# Options of an earlier conversion
 
 
-def _not_listed(module: nn.Module, tensor_name: str, shape: tuple[int, ...]) -> str:
-    hook = hook_behind(module, tensor_name)
-    if hook is not None:
-        return f"under {hook}"
-    if tensor_name.startswith("parametrizations."):
-        return f"a part of {kind_on(module, tensor_name.split('.')[1])}"
-    if isinstance(module.__dict__.get("weight"), Tensor) and weights_of(module) == []:
-        return "its 'weight' is computed by a hook (weight_norm, or the old spectral_norm)"
-    kind = parametrize.type_before_parametrizations(module).__name__
-    row = layer_type(module)
-    if row is not None and row.weights:
-        return f"no weight of {kind} by the layer table"
-    if shape and max(shape) == prod(shape):
-        return "a single vector, and no matrix"
-    return f"{kind} {_UNKNOWN}"
+def _check_options(
+    weights: Sequence[Weight], selection: Selection, norms: Mapping[int, SpectralNorm]
+) -> None:
+    """Refuse options that are not those which a selected weight is registered with already.
+
+    Raises:
+        ValueError: naming the weights, the options, and both values of each.
+    """
+    faults = []
+    for weight in weights:
+        norm = norms.get(weight.key)
+        if norm is None or weight.layout is None or _reason_against(weight, selection) is not None:
+            continue
+        differing = ", ".join(
+            f"{option}={registered!r} (asked for: {option}={asked!r})"
+            for option, registered, asked in _differences(weight, norm)
+        )
+        if differing:
+            faults.append(
+                f"SpectralNorm on {weight.label} {weight.shape}: registered with {differing}"
+            )
+    if faults:
+        raise ValueError(
+            "\n".join(faults) + "\nA conversion does not change the options of weights that are "
+            "normalised already; call restore_model(model) first to convert anew, or leave them "
+            "out, by exclude=."
+        )
+
+
+def _differences(weight: Weight, norm: SpectralNorm) -> Iterator[tuple[str, Any, Any]]:
+    """Options with their registered and their asked values, where those mean different things."""
+    for name in (option.name for option in fields(Settings)):
+        registered, asked = getattr(norm.settings, name), getattr(weight.settings, name)
+        if name == "blocks" and weight.reads_as(norm.view):
+            continue
+        if name == "num_svs" and min(asked, *norm.view.matrices[1:]) == norm.u.shape[1]:
+            continue
+        if registered != asked:
+            yield name, registered, asked
+
+
+# Deciding
+
+
+def _decide(
+    weight: Weight, selection: Selection, sharers: Sequence[Weight], carried: SpectralNorm | None
+) -> PlanRow:
+    """The row of a weight, before its values are looked at."""
+    row = PlanRow(
+        name=weight.module_name,
+        tensor=weight.tensor_name,
+        layer_type=parametrize.type_before_parametrizations(weight.owner).__name__,
+        shape=weight.shape,
+        matrices=None if weight.view is None else weight.view.matrices,
+        sigma=None,
+        decision=SKIP,
+        reason="" if weight.problem is None else weight.problem.what,
+        record=weight,
+        shares=carried,
+    )
+    if weight.norm is not None:
+        return replace(row, reason=ALREADY)
+    if weight.layout is None:
+        # A predicate is asked about eligible weights alone: it may count on what those have.
+        unfiltered = replace(selection, filter_fn=None)
+        refuses = weight.problem is not None and weight.problem.refuses
+        if refuses or row.reason.endswith(UNKNOWN):
+            against = _reason_against(weight, unfiltered)
+            if against is not None:
+                return replace(row, reason=against)
+        return _refused(row) if refuses else row
+    against = _reason_against(weight, selection)
+    if against is not None:
+        return replace(row, reason=against)
+    if weight.problem is not None:
+        return _refused(row) if weight.problem.refuses else row
+    obstacle, note = _sharing(weight, sharers, selection)
+    if obstacle:
+        return replace(row, reason=obstacle)
+    if weight.settings.num_svs > weight.available:
+        plural = "s" if weight.available > 1 else ""
+        note = [f"tracks {weight.available} singular value{plural}, all it has", *note]
+    if weight.spectral is not None:
+        note = ["takes over torch's spectral norm", *note]
+    return replace(row, decision=CONVERT, reason="; ".join(note))
+
+
+def _refused(row: PlanRow) -> PlanRow:
+    problem = row.record.problem
+    assert problem is not None
+    return replace(row, decision=REFUSE, reason=row.record.message(problem))
+
+
+def _reason_against(weight: Weight, selection: Selection) -> str | None:
+    return selection.reason_against(
+        weight.path, weight.owner, weight.module_name, weight.tensor_name
+    )
+
+
+def _sharing(
+    weight: Weight, sharers: Sequence[Weight], selection: Selection
+) -> tuple[str, list[str]]:
+    """What sharing its Parameter means for a weight: why not to convert it, or notes."""
+    note, together = [], []
+    for other in sharers:
+        if other is weight:
+            continue
+        if other.view is None:
+            why = "" if other.problem is None else other.problem.what
+            return f"shared with {other.name}, which is not normalised: {why}", []
+        if other.view != weight.view:
+            return f"shared with {other.name}, which reads it as other matrices", []
+        against = _reason_against(other, selection)
+        if other.norm is None and against is not None:
+            note.append(f"shares its parameter with {other.name}, left alone ({against})")
+        else:
+            together.append(other.name)
+    if together:
+        note.append(f"shares its state with {', '.join(together)}")
+    return "", note
+
+
+def _estimated(row: PlanRow, known: dict[int, tuple[Tensor, Tensor] | ValueError]) -> PlanRow:
+    """A row to convert, with σ and the estimate that the conversion will use."""
+    weight = row.record
+    if row.shares is not None:
+        return replace(row, sigma=float(row.shares.sv[:, 0].max()))
+    if weight.key not in known:
+        try:
+            known[weight.key] = weight.estimate()
+        except ValueError as error:
+            known[weight.key] = error
+    estimate = known[weight.key]
+    if isinstance(estimate, ValueError):
+        return replace(row, decision=REFUSE, reason=str(estimate))
+    return replace(row, sigma=float(estimate[1][:, 0].max()), estimate=estimate)
+
+
+def _with_progress(rows: Sequence[PlanRow], progress: bool | None) -> Iterable[PlanRow]:
+    if progress is False:
+        return rows
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if progress:
+            raise ImportError("progress=True needs tqdm: pip install 'snparam[progress]'") from None
+        return rows
+    # disable=None: only where stderr is a terminal.
+    shown: Any = {"disable": False} if progress else {"disable": None, "delay": 2.0}
+    bar: Iterable[PlanRow] = tqdm(
+        rows, desc="singular values", unit="weight", file=sys.stderr, leave=False, **shown
+    )
+    return bar

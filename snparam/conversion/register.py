@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TypeVar
 
 from torch import nn
 from typing_extensions import Unpack
 
-from snparam.conversion.candidates import Candidate, is_lazy
+from snparam.conversion.arguments import check_count_is_no_name, check_model
+from snparam.conversion.weights import Path, Weight, weight_at
 from snparam.layers.table import (
-    Weight,
     is_packed,
+    layout_named,
+    layouts_of,
+    obstacle_in,
     packed_message,
-    weight_named,
-    weights_of,
 )
+from snparam.layers.tensors import is_lazy
 from snparam.layers.torch_norms import hook_behind
-from snparam.matrices.views import View
+from snparam.matrices.views import Layout, View
 from snparam.parametrization.attachment import attach, detach, read_as_eval
 from snparam.parametrization.baking import check_alone
 from snparam.parametrization.find import norm_on, norms_of
-from snparam.parametrization.options import Options, documents_options, settings_from
-from snparam.parametrization.scopes import (
-    close_scope,
-    expect_idle_scopes,
-)
+from snparam.parametrization.options import Options, Settings, documents_options, settings_from
 from snparam.parametrization.spectral_norm import SpectralNorm
 from snparam.parametrization.undoing import all_or_nothing
 
@@ -49,6 +46,13 @@ def register_sn(
     `module.parametrizations[name][0]`; the trained Parameter is the same object as before, now
     `module.parametrizations[name].original`. Dividing by σ changes what the module computes.
 
+    What is written to `module.weight` in place, by `nn.init` or `.data`, is lost, because it is
+    computed at each read; `module.weight = tensor` and `module.reset_parameters()` reach the
+    original.
+
+    `num_svs` may not exceed what a weight has, since it is said of this one layer; `convert_model`,
+    where one number is said for layers of all sizes, takes what each has.
+
     Args:
         module: the module to change, in place.
         name: which tensor, such as `"weight"` or `"out_proj.weight"`. None (the default) registers
@@ -62,28 +66,30 @@ def register_sn(
         ValueError: if there is no such tensor or none is eligible, if it is registered already, is
             uninitialised, on the meta device, empty, of one dimension, or has NaN or inf, if it
             does not split into `blocks`, or if `num_svs` exceeds min(rows, columns).
-        TypeError: if the tensor is quantised, sparse, or of a dtype without singular values.
+        TypeError: if the tensor is quantised, sparse, of a dtype without singular values, or of a
+            type that cannot be computed with as a matrix; for an unknown option, or no module.
         Either way nothing has been changed.
 
     Source: Miyato et al. 2018, "Spectral normalization for generative adversarial networks";
     for several singular values, Brock, Donahue and Simonyan 2019 (BigGAN).
     """
+    check_model(module, "register_sn")
+    check_count_is_no_name(num_svs)
     settings = settings_from(num_svs, num_itrs, options)
-    weights = weights_of(module) if name is None else [weight_named(module, name)]
-    if not weights:
+    layouts = layouts_of(module) if name is None else {name: layout_named(module, name)}
+    if not layouts:
         raise _nothing_known(module)
-    candidates = [Candidate.of(w, settings, _name_of(module, w)) for w in weights]
-    for candidate in candidates:
-        candidate.check()
-    states: dict[tuple[int, View | None], SpectralNorm] = {}
-    pairs = []
-    for candidate in candidates:
-        key = (id(candidate.tensor), candidate.view)  # tied tensors share their state
-        if key not in states:
-            states[key] = candidate.make()
-        pairs.append((candidate, states[key]))
+    weights = [_weight_of(module, path, layout, settings) for path, layout in layouts.items()]
+    for weight in weights:
+        weight.check()
+    norms: dict[tuple[int, View | None], SpectralNorm] = {}
+    for weight in weights:
+        key = (weight.key, weight.view)  # tied tensors share their state
+        if key not in norms:
+            norms[key] = weight.new_norm()
     with all_or_nothing(module.modules()):
-        attach_all(pairs)
+        for weight in weights:
+            attach(weight.owner, weight.tensor_name, norms[weight.key, weight.view])
     return module
 
 
@@ -103,11 +109,15 @@ def remove_sn(module: _ModuleT, *, name: str | None = None, bake: bool = True) -
         ValueError: if the tensor, or the module, does not carry SpectralNorm, or carries another
             parametrization on the same tensor; nothing has been changed.
     """
-    weights = weights_of(module) if name is None else [weight_named(module, name)]
-    owners = {(id(w.owner), w.tensor_name): (w.owner, w.tensor_name) for w in weights}
+    check_model(module, "remove_sn")
     if name is None:
-        owners |= {(id(module), tensor): (module, tensor) for tensor, _ in norms_of(module)}
-    carried = [(owner, tensor) for owner, tensor in owners.values() if norm_on(owner, tensor)]
+        own = [tensor for tensor, _ in norms_of(module)]
+        names = dict.fromkeys([*layouts_of(module), *own])
+    else:
+        layout_named(module, name)  # raises where there is no such tensor
+        names = dict.fromkeys([name])
+    places = [_owner_of(module, path) for path in names]
+    carried = [(owner, tensor) for owner, tensor in places if norm_on(owner, tensor)]
     if not carried:
         what = "no weight" if name is None else f"{name!r} not"
         raise ValueError(
@@ -120,19 +130,28 @@ def remove_sn(module: _ModuleT, *, name: str | None = None, bake: bool = True) -
     with all_or_nothing(module.modules()):
         for (owner, tensor), value in zip(carried, baked, strict=True):
             detach(owner, tensor, value)
-        close_scope(module)
-    expect_idle_scopes()
     return module
 
 
-def attach_all(pairs: Iterable[tuple[Candidate, SpectralNorm]]) -> None:
-    """Attach each."""
-    for candidate, norm in pairs:
-        attach(candidate.weight, norm)
+def _owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has a tensor, and the tensor's name in it, from its name in `module`."""
+    inner, _, tensor_name = name.rpartition(".")
+    return module.get_submodule(inner), tensor_name
 
 
-def _name_of(module: nn.Module, weight: Weight) -> str:
-    return f"'{weight.path}' of {type(module).__name__}"
+def _weight_of(module: nn.Module, name: str, layout: Layout, settings: Settings) -> Weight:
+    inner, _, tensor_name = name.rpartition(".")
+    path: Path = (("", module),)
+    if inner:
+        path = (*path, (inner, module.get_submodule(inner)))
+    return weight_at(
+        path,
+        tensor_name,
+        layout,
+        settings,
+        obstacle=obstacle_in(module) if name in layouts_of(module) else None,
+        label=f"'{name}' of {type(module).__name__}",
+    )
 
 
 def _nothing_known(module: nn.Module) -> Exception:

@@ -6,11 +6,11 @@ from typing import TypeVar
 
 from torch import nn
 
+from snparam.conversion.arguments import check_model
 from snparam.parametrization.attachment import detach, read_as_eval
 from snparam.parametrization.baking import check_alone, check_shared
 from snparam.parametrization.extensions import SYSTEMS
-from snparam.parametrization.find import norms_of
-from snparam.parametrization.scopes import close_scope
+from snparam.parametrization.find import normalised_weights
 from snparam.parametrization.undoing import all_or_nothing
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
@@ -31,8 +31,10 @@ def restore_model(model: _ModuleT, bake: bool = True) -> _ModuleT:
     Raises:
         ValueError: if a weight carries another parametrization as well, or, with `bake=True`, is
             shared with a module that uses it as it is; nothing has been changed.
+        TypeError: if it is no module.
     """
-    carriers = [(m, tensor) for m in model.modules() for tensor, _ in norms_of(m)]
+    check_model(model, "restore_model")
+    carriers = [(found.owner, found.tensor_name) for found in normalised_weights(model)]
     for module, tensor in carriers:
         check_alone(module, tensor)
     if bake:
@@ -41,8 +43,6 @@ def restore_model(model: _ModuleT, bake: bool = True) -> _ModuleT:
     with all_or_nothing(model.modules()):
         for (module, tensor), value in zip(carriers, values, strict=True):
             detach(module, tensor, value)
-        for module in model.modules():
-            close_scope(module)
         for system in SYSTEMS:
             system.on_restore(model)
     return model

@@ -1,6 +1,6 @@
 """Filling up a state of the power iteration that is there in part.
 
-Shapes as in `linalg`: matrices (b, m, n), u (b, k, m), sv (b, k).
+Shapes as in `products`: matrices (b, m, n), u (b, k, m), sv (b, k).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from snparam.estimators import convergence
-from snparam.matrices import linalg
+from snparam.matrices.orthonormalisation import orthonormal_rows
 from snparam.matrices.sharded import ShardedStack
 
 
@@ -46,9 +46,9 @@ def completed(
 def _beside(matrices: Tensor, u: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The top `count` left singular vectors, and values, orthogonal to given vectors."""
     wide = torch.promote_types(matrices.dtype, torch.float64)
-    rows = linalg.orthonormal_rows(u.to(wide))
+    rows = orthonormal_rows(u.to(wide))
     rest = matrices.to(wide)
     rest = rest - rows.mT @ (rows.conj() @ rest)
     more, sv = convergence.converged(rest, count)
     # Once more against the given ones: where nothing is left, `more` is any direction.
-    return linalg.orthonormal_rows(torch.cat([rows, more], 1))[:, u.shape[1] :], sv
+    return orthonormal_rows(torch.cat([rows, more], 1))[:, u.shape[1] :], sv

@@ -1,6 +1,6 @@
 """Singular vectors and values found from the matrix alone, to a promised accuracy.
 
-Pure functions of stacks of matrices (b, m, n), with the shapes of `linalg`.
+Pure functions of stacks of matrices (b, m, n), with the shapes of `products`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from snparam.matrices.linalg import (
-    Stack,
-    left_product,
-    orthonormal_rows,
-    orthonormalise,
-    right_product,
-    wide_dtype,
-)
+from snparam.matrices.orthonormalisation import orthonormal_rows, orthonormalise
+from snparam.matrices.products import Stack, left_product, right_product, wide_dtype
 
 # Above this many rows (or columns, whichever are fewer) block Lanczos finds the top of the spectrum
 # sooner than a full eigendecomposition of the Gram matrix: 2x at 512, 20x at 4096, on two cores.

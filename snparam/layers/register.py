@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Callable, Mapping
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import CodeType
 from typing import Any, TypeVar, overload
 
 from torch import nn
@@ -74,7 +78,9 @@ def register_layer_type(
 
     Raises:
         TypeError: if `kind` is no module type or name, or a value is none of those above.
-        ValueError: for an unknown way of reading, an empty reason, or if there is nothing to say.
+        ValueError: for an unknown way of reading, an empty reason, a tensor that the code of the
+            module type does not name (globs and dotted names excepted), or if there is nothing to
+            say.
     """
     if weights is None and inside is None:
         raise ValueError(
@@ -88,29 +94,96 @@ def register_layer_type(
     obstacle = None if skip is None else lambda _: skip
 
     def register(given: Any) -> Any:
-        types, names = _type_or_name(given)
-        row = LayerType(types, read, obstacle, names=names, inside=notes)
-        USER_ROWS.insert(0, row)
+        _check_kind(given)
+        _check_tensor_names(_class_of(given), read)
+        names = (given,) if isinstance(given, str) else ()
+        USER_ROWS.add(given, LayerType((), read, obstacle, names=names, inside=notes))
         return given
 
     return register if kind is None else register(kind)
 
 
-def _type_or_name(given: Any) -> tuple[tuple[type[nn.Module], ...], tuple[str, ...]]:
+def _check_kind(given: Any) -> None:
     if isinstance(given, type) and issubclass(given, nn.Module):
         if given is nn.Module:
             raise ValueError("register_layer_type: nn.Module itself would be every module")
-        return (given,), ()
-    if isinstance(given, str):
-        if "." not in given:
+    elif not isinstance(given, str):
+        raise TypeError(
+            f"register_layer_type: kind={given!r}: expected a module type or its qualified name"
+        )
+    elif "." not in given:
+        raise ValueError(
+            f"register_layer_type: kind={given!r}: expected a qualified name, such as "
+            f"{qualified(nn.Linear)!r}"
+        )
+
+
+def _class_of(kind: Any) -> type | None:
+    """The module type that was given, by its name too if its module is loaded."""
+    if isinstance(kind, type):
+        return kind
+    module, _, name = kind.rpartition(".")
+    cls = getattr(sys.modules.get(module), name, None)
+    return cls if isinstance(cls, type) else None
+
+
+def _check_tensor_names(cls: type | None, names: Iterable[str]) -> None:
+    """Refuse names that the code of a class does not have, which is all that there is to look at.
+
+    Where the code makes names of its own, as `setattr(self, f"kernel{i}", ...)` does, only a name
+    that is nearly one of those in it is refused.
+
+    Raises:
+        ValueError: with the nearest name.
+    """
+    known = _names_in(cls)
+    if cls is None or not known:
+        return
+    dynamic = not known.isdisjoint(("setattr", "register_parameter", "register_buffer"))
+    for name in names:
+        if name in known or any(sign in name for sign in "*?[."):
+            continue
+        if dynamic and name.startswith(tuple(known)):
+            continue
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.8 if dynamic else 0.6)
+        if close or not dynamic:
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(
-                f"register_layer_type: kind={given!r}: expected a qualified name, such as "
-                f"{qualified(nn.Linear)!r}"
+                f"register_layer_type: weights has {name!r}{hint}, which the code of "
+                f"{qualified(cls)} does not name: expected the name of one of its tensors"
             )
-        return (), (given,)
-    raise TypeError(
-        f"register_layer_type: kind={given!r}: expected a module type or its qualified name"
-    )
+
+
+def _names_in(cls: type | None) -> set[str]:
+    """Names and strings in the methods of a class and those it derives from, and its annotations.
+
+    There are none where no method is written in Python and nothing is annotated.
+    """
+    names: set[str] = set()
+    attributes: set[str] = set()
+    for base in getattr(cls, "__mro__", ()):
+        if base in (nn.Module, object):
+            continue
+        attributes.update(vars(base))
+        with contextlib.suppress(NameError):  # of an annotation that is not defined yet
+            names.update(inspect.get_annotations(base))
+        for value in vars(base).values():
+            method = getattr(value, "__func__", getattr(value, "fget", value))
+            code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+            names.update(_names_in_code(code))
+    return names | attributes if names else set()
+
+
+def _names_in_code(constant: object) -> Iterator[str]:
+    """Names and strings in a code object, or in a constant of one."""
+    if isinstance(constant, str) and constant:
+        yield constant
+    elif isinstance(constant, tuple | frozenset):
+        for part in constant:
+            yield from _names_in_code(part)
+    elif isinstance(constant, CodeType):
+        yield from constant.co_names
+        yield from _names_in_code(constant.co_consts)
 
 
 def _items(option: str, given: Any) -> list[tuple[str, Any]]:

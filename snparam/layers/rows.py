@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -48,21 +48,44 @@ class LayerType:
         return cls in self.types or any(fnmatchcase(qualified(cls), name) for name in self.names)
 
 
+# The rows of this package. A file that has some adds them when it is imported, which
+# `snparam.layers` does for torch.py and for each file in libraries/. The first row that names a
+# class counts.
+ROWS: list[LayerType] = []
+
+
+def register_rows(rows: Sequence[LayerType]) -> None:
+    """Add the rows of one library to the table."""
+    ROWS.extend(rows)
+
+
 def qualified(cls: type) -> str:
-    """Where a class is defined, and its name there."""
+    """Return where a class is defined, and its name there."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def layout_in(layout: LayoutOf, module: nn.Module) -> Layout:
-    """The layout of a tensor in a given module.
+    """Return the layout of a tensor in a given module.
 
     Raises:
         TypeError: if a function that was to give one gave something else.
     """
-    found = layout if isinstance(layout, Layout) else layout(module)
-    if not isinstance(found, Layout):
+    given = layout if isinstance(layout, Layout) else layout(module)
+    if not isinstance(given, Layout):
         raise TypeError(
-            f"the layer table's function for {qualified(type(module))} gave {found!r}: expected a "
+            f"the layer table's function for {qualified(type(module))} gave {given!r}: expected a "
             "snparam.Layout"
         )
-    return found
+    return given
+
+
+# What rows of several libraries say.
+
+
+def rows_in_groups(module: Any) -> Layout:
+    """Return the layout of a convolution: output channels are rows, in `groups` blocks."""
+    return Layout("rows", natural=module.groups)
+
+
+STANDARDISED = "its forward standardises the weight anew, so that dividing it changes nothing"
+EXPERT_BIASES: Mapping[str, Note] = {"*bias": "one bias for each expert, and no matrix"}

@@ -1,4 +1,4 @@
-"""torch's own normalisations of a weight, and how they are recognised."""
+"""torch's own tools that compute a weight from another tensor, and how they are recognised."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from snparam.layers.torch_reading import left_vector, torch_sigma
+from snparam.matrices.torch_private import is_torch_spectral_norm
 from snparam.matrices.views import View
 
 _SPECTRAL = "torch's spectral norm"
 _WEIGHT_NORM = "torch's weight_norm, which sets the length of every row"
+_PRUNING = "torch's pruning (torch.nn.utils.prune), which multiplies it by a mask"
 # What torch's parametrizations do, by the name of their class, which is private.
 _KINDS = {
     "_SpectralNorm": _SPECTRAL,
@@ -61,7 +64,7 @@ def spectral_on(owner: nn.Module, name: str) -> Spectral | None:
     if parametrize.is_parametrized(owner, name):
         lists: Any = owner.parametrizations
         norm = lists[name][0]
-        alone = len(lists[name]) == 1 and isinstance(norm, parametrizations._SpectralNorm)
+        alone = len(lists[name]) == 1 and is_torch_spectral_norm(norm)
         if not alone or not hasattr(norm, "_u"):  # which tensors of one dimension have not
             return None
         return Spectral(owner, name, lists[name].original, norm._u, norm._v, norm.dim, None)
@@ -91,8 +94,15 @@ def kind_on(owner: nn.Module, name: str) -> str:
 
 
 def hook_behind(owner: nn.Module, name: str) -> str | None:
-    """What hook a Parameter such as `weight_v` belongs to, in words, or None."""
+    """What hook a Parameter such as `weight_v` or `weight_orig` belongs to, in words, or None."""
     for hook in owner._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and name in (f"{hook.name}_g", f"{hook.name}_v"):
             return _WEIGHT_NORM
+        if isinstance(hook, BasePruningMethod) and name == f"{hook._tensor_name}_orig":
+            return _PRUNING
     return None
+
+
+def hook_on(owner: nn.Module, name: str) -> str | None:
+    """What hook computes a tensor such as `weight`, in words, or None."""
+    return hook_behind(owner, f"{name}_v") or hook_behind(owner, f"{name}_orig")

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from snparam.matrices import linalg
+from snparam.estimators.power import power_step
+from snparam.matrices.products import real_dtype
 from snparam.matrices.sharded import ShardedStack, is_sharded
 from snparam.matrices.stacks import compute_dtype
 from snparam.matrices.views import View
@@ -91,7 +92,7 @@ def torch_sigma(weight: Tensor, axis: int, u: Tensor | None, v: Tensor | None) -
             right = (u.detach().to(matrix).conj() @ matrix).conj()
             right = right / torch.linalg.vector_norm(right)
         sigma = torch.linalg.vector_norm(matrix @ right.detach().to(matrix))
-    sigma = sigma.to(linalg.real_dtype(dtype))
+    sigma = sigma.to(real_dtype(dtype))
     return torch.where(sigma.isfinite() & (sigma != 0), sigma, 1.0)
 
 
@@ -119,8 +120,8 @@ def torch_vectors(weight: Tensor, view: View, axis: int, u: Tensor) -> tuple[Ten
         stack = ShardedStack(weight, view, dtype)  # type: ignore[arg-type]
     else:
         stack = view.to_matrices(weight).to(dtype)
-    new_u, v, _ = linalg.power_step(stack, u[:, :1].to(dtype))
-    left, right = new_u[0, 0], v[0, 0]
+    found = power_step(stack, u[:, :1].to(dtype))
+    left, right = found.u[0, 0], found.v[0, 0]
     if kind == "transposed":
         left, right = right.conj().resolve_conj(), left.conj().resolve_conj()
     return left.to(weight.dtype), right.to(weight.dtype)

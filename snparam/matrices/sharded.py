@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from snparam.matrices import linalg
 from snparam.matrices.views import View
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class ShardedStack:
         self.shape = torch.Size(view.matrices)
         self.dtype = dtype
         self.weight = weight
-        self.tile = _Tile(weight, view)
+        self.tile = Tile(weight, view)
         local = weight.to_local()
         self.device = local.device
         self.rows, self.columns = self.tile.rows, self.tile.columns
@@ -104,6 +103,13 @@ class ShardedStack:
             out[block][:, self.rows[part] - block * rows] = here
         return out
 
+    def outer(self, u: Tensor, v: Tensor) -> Tensor:
+        """The gradient of Σ Re(uᴴ W v), (b, m) and (b, n), for the weight, sharded as it is."""
+        rows, columns = u.reshape(-1)[self.rows, None], v[self.tile.blocks][:, self.columns]
+        return placed_as(
+            self.weight, self.tile.from_piece(rows * columns.conj(), self.weight.to_local())
+        )
+
     def largest(self) -> float:
         """The largest magnitude of an entry; NaN or inf if there is one anywhere."""
         largest = self.piece.abs().max() if self.piece.numel() else self.piece.new_zeros(()).abs()
@@ -111,28 +117,14 @@ class ShardedStack:
         return float(self.tile.reduce(largest.reshape(1), dist.ReduceOp.MAX))
 
 
-def steps_together(
-    stacks: list[ShardedStack], us: list[Tensor], eps: float
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """`linalg.power_step` for several stacks, with two reductions for all of them.
-
-    A reduction takes as long as its latency until the vectors are millions of entries long.
-    """
-    xs = _reduce_together(stacks, [s.left_here(u) for s, u in zip(stacks, us, strict=True)])
-    vs = [linalg.right_vectors(x, eps) for x in xs]
-    ts = _reduce_together(stacks, [s.right_here(v) for s, v in zip(stacks, vs, strict=True)])
-    found = [linalg.left_vectors(t, eps, u) for t, u in zip(ts, us, strict=True)]
-    return [(u, v, sv) for (u, sv), v in zip(found, vs, strict=True)]
-
-
-def _reduce_together(stacks: list[ShardedStack], parts: list[Tensor]) -> list[Tensor]:
+def reduced_together(stacks: list[ShardedStack], parts: list[Tensor]) -> list[Tensor]:
     """Each part summed over its stack's ranks; the stacks are sharded over the same ranks."""
     flat = stacks[0].tile.reduce(torch.cat([part.reshape(-1) for part in parts]))
     sums = torch.split(flat, [part.numel() for part in parts])
     return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
 
 
-class _Tile:
+class Tile:
     """Where this rank's shard lies in the matrices, and how to reduce over the ranks."""
 
     def __init__(self, weight: DTensor, view: View) -> None:
@@ -183,162 +175,6 @@ class _Tile:
     def blocks(self) -> Tensor:
         """The block of each of this rank's rows."""
         return self.rows // self.view.matrices[1]
-
-
-def divide_sharded(
-    weight: DTensor,
-    gain: Tensor | None,
-    divisor: Tensor,
-    slope: Tensor | float,
-    u: Tensor,
-    v: Tensor,
-    view: View,
-) -> DTensor:
-    """`division.divide` for a DTensor: shard by shard, placed as the weight is.
-
-    Backward communicates one number for each block, double backward a few more.
-    """
-    gain = None if gain is None else gathered(gain)
-    out: DTensor = _DivideSharded.apply(weight, gain, divisor, slope, u, v, view)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _DivideSharded(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: DTensor,
-        gain: Tensor | None,
-        divisor: Tensor,
-        slope: Tensor | float,
-        u: Tensor,
-        v: Tensor,
-        view: View,
-    ) -> DTensor:
-        ctx.save_for_backward(weight, gain, divisor, u, v)
-        ctx.slope, ctx.tile = slope, _Tile(weight, view)
-        d = torch.where(divisor == 0, 1.0, divisor)
-        scale = 1.0 / d if gain is None else gain / d
-        local = weight.to_local()
-        piece = ctx.tile.to_piece(local) * ctx.tile.per_row(scale)
-        return _like(weight, ctx.tile.from_piece(piece, local).to(local.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
-        weight, gain, divisor, u, v = ctx.saved_tensors
-        tile = ctx.tile
-        if tuple(grad.placements) != tuple(weight.placements):
-            grad = grad.redistribute(weight.device_mesh, weight.placements)
-        local = weight.to_local()
-        g = tile.to_piece(grad.to_local()).to(u.dtype)
-        w = tile.to_piece(local).to(u.dtype)
-        gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
-        out, along = gradients(g, w, gain, divisor, ctx.slope, u, v, tile)
-        into = _like(weight, tile.from_piece(out, local).to(local.dtype))
-        into_gain = None if gain is None else along.to(gain.dtype)
-        return into, into_gain, None, None, None, None, None
-
-
-def _gradients(
-    g: Tensor,
-    w: Tensor,
-    gain: Tensor | None,
-    divisor: Tensor,
-    slope: Tensor | float,
-    u: Tensor,
-    v: Tensor,
-    tile: _Tile,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of `division._gradients` for a piece W of this rank and its G."""
-    d = torch.where(divisor == 0, 1.0, divisor)
-    inner = divisor.new_zeros(divisor.shape)
-    for block, part in tile.segments():
-        inner[block] = torch.vdot(g[part].reshape(-1), w[part].reshape(-1)).real
-    along = tile.reduce(inner) / d
-    scale = 1.0 / d if gain is None else gain / d
-    here = u.reshape(-1)[tile.rows, None] * tile.per_row(slope * along * scale)
-    out = g * tile.per_row(scale)
-    for block, part in tile.segments():
-        out[part].addmm_(here[part], v[block, None, tile.columns].conj(), alpha=-1.0)
-    return out, along
-
-
-def _differentiable_gradients(
-    g: Tensor,
-    w: Tensor,
-    gain: Tensor | None,
-    divisor: Tensor,
-    slope: Tensor | float,
-    u: Tensor,
-    v: Tensor,
-    tile: _Tile,
-) -> tuple[Tensor, Tensor]:
-    """`_gradients` in operations that can be differentiated, where d depends on W."""
-    outer = u.reshape(-1)[tile.rows, None] * v[tile.blocks][:, tile.columns].conj()
-    sigma = _sum_over_ranks(_by_block(outer, w, tile), tile)
-    d = divisor + slope * (sigma - sigma.detach())
-    d = torch.where(divisor == 0, 1.0, d)
-    along = _sum_over_ranks(_by_block(g, w, tile), tile) / d
-    scale = 1.0 / d if gain is None else gain / d
-    rate = _to_each_rank(slope * along * scale, tile)
-    return g * tile.per_row(_to_each_rank(scale, tile)) - tile.per_row(rate) * outer, along
-
-
-def _by_block(x: Tensor, y: Tensor, tile: _Tile) -> Tensor:
-    """This rank's summand of Re⟨X, Y⟩ of each block, (b,)."""
-    rows = (x.conj() * y).sum(-1).real
-    return rows.new_zeros(tile.view.matrices[0]).index_add(0, tile.blocks, rows)
-
-
-# What all ranks have alike, and what each has for itself, are different to a gradient: of the
-# former each rank has the whole, of the latter each has what came from its own piece.
-
-
-def _sum_over_ranks(x: Tensor, tile: _Tile) -> Tensor:
-    """The sum, alike on all ranks, of what each has for itself."""
-    out: Tensor = _SumOverRanks.apply(x, tile)  # type: ignore[no-untyped-call]
-    return out
-
-
-def _to_each_rank(x: Tensor, tile: _Tile) -> Tensor:
-    """What is alike on all ranks, for each to use with its own piece."""
-    out: Tensor = _ToEachRank.apply(x, tile)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tile: _Tile) -> Tensor:
-        ctx.tile = tile
-        return tile.reduce(x.clone())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _to_each_rank(grad, ctx.tile), None
-
-
-class _ToEachRank(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tile: _Tile) -> Tensor:
-        ctx.tile = tile
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum_over_ranks(grad, ctx.tile), None
-
-
-def _like(weight: DTensor, local: Tensor) -> DTensor:
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        local,
-        weight.device_mesh,
-        weight.placements,
-        run_check=False,
-        shape=weight.shape,
-        stride=weight.stride(),
-    )
 
 
 def _place(
@@ -416,3 +252,17 @@ def _indices(
         along = torch.arange(offset[axis], offset[axis] + local[axis], device=device)
         index = (index[:, None] * shape[axis] + along).reshape(-1)
     return index
+
+
+def placed_as(weight: DTensor, local: Tensor) -> DTensor:
+    """A DTensor of this rank's shard, placed as a weight of the same shape is."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )

@@ -91,7 +91,7 @@ class View:
         Singular values and left singular vectors do not depend on the order of the columns, so the
         column axes are taken as they lie in memory: a channels_last convolution needs no copy.
         """
-        if weight.shape != self.split or weight.is_contiguous():
+        if self.shape != self.split or weight.is_contiguous():
             return self.order
         first = self.stack_axes + self.row_axes
         columns = sorted(self.order[first:], key=weight.stride, reverse=True)

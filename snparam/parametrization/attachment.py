@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from snparam.layers.table import Weight, layer_type
+from snparam.layers.table import layer_type
 from snparam.parametrization.classes import give_own_class
 from snparam.parametrization.extensions import SYSTEMS
-from snparam.parametrization.find import has_norms, norms_of
-from snparam.parametrization.scopes import close_own_scope, close_scope, open_own_scope
+from snparam.parametrization.find import has_norms, norm_on, norms_of
+from snparam.parametrization.forwards import bracket_forward, release_forward
 from snparam.parametrization.spectral_norm import SpectralNorm
+from snparam.parametrization.update import watch_optimizers
 
 
-def attach(weight: Weight, norm: SpectralNorm) -> None:
-    """Put a SpectralNorm on a tensor. The Parameter stays the same object."""
-    owner, name = weight.owner, weight.tensor_name
+def attach(owner: nn.Module, name: str, norm: SpectralNorm) -> None:
+    """Put a SpectralNorm on a tensor of a module. The Parameter stays the same object."""
     names = (*owner._parameters, *owner._buffers)
     order = next((p._snparam_order for p in _lists(owner)), names)
     # Stand-ins go in first: for the state, because registration would call right_inverse, which
@@ -40,53 +40,29 @@ def attach(weight: Weight, norm: SpectralNorm) -> None:
     lists[name][0] = norm.train(owner.training)
     lists[name].unsafe = False
     lists[name]._snparam_order = order
-    lists[name].register_load_state_dict_post_hook(_derive_after_load)
-    _read_directly(owner, name)
+    lists[name].register_load_state_dict_post_hook(_after_load)
+    norm.at(owner, name)
+    if norm.settings.update == "step":
+        watch_optimizers()
     row = layer_type(owner)
     if row is not None:
         for attribute, value in row.overrides.items():
             setattr(type(owner), attribute, value)
-    open_own_scope(owner)
+    bracket_forward(owner)
     for system in SYSTEMS:
         system.on_attach(owner)
-
-
-def _read_directly(owner: nn.Module, name: str) -> None:
-    """Let reading the weight call SpectralNorm itself, where nothing else is to be called.
-
-    Through the lists of torch's parametrizations it takes as long as a small layer's whole step.
-    """
-    through_lists: Any = vars(type(owner))[name]
-
-    def read(module: nn.Module) -> Tensor:
-        lists: Any = module._modules["parametrizations"]
-        parametrizations = lists._modules[name]
-        norm = parametrizations._modules["0"]
-        original = parametrizations._parameters.get("original")
-        hooked = norm._forward_hooks or norm._forward_pre_hooks
-        if (
-            original is None
-            or hooked
-            or len(parametrizations._modules) > 1
-            or parametrize._cache_enabled
-        ):
-            value: Tensor = through_lists.fget(module)
-            return value
-        found: Tensor = norm.read(original, module)
-        return found
-
-    setattr(type(owner), name, property(read, through_lists.fset))
 
 
 def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
     """Take SpectralNorm off a tensor, leaving the original or, in it, `value`."""
     lists: Any = owner.parametrizations
-    order = lists[name]._snparam_order
+    order = getattr(lists[name], "_snparam_order", ())  # torch transfers lists without it
     original = lists[name].original
     persistent = "original" not in lists[name]._non_persistent_buffers_set
     give_own_class(owner)
-    if len(list(norms_of(owner))) == 1:
-        close_own_scope(owner)
+    norm = norm_on(owner, name)
+    if norm is not None:
+        norm.left(owner, name)
     parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
     if not persistent:
         owner._non_persistent_buffers_set.add(name)
@@ -102,17 +78,15 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
         if row is not None and row.restored is not None:
             row.restored(owner)
     if not has_norms(owner):
-        close_scope(owner)
+        release_forward(owner)
         for system in SYSTEMS:
             system.on_detach(owner)
 
 
-def _derive_after_load(parametrizations: Any, _keys: object) -> None:
+def _after_load(parametrizations: Any, _keys: object) -> None:
     for norm in parametrizations:
         if isinstance(norm, SpectralNorm):
-            if norm.settings.update == "step":  # with assign=True, u may be of another kind now
-                norm.v = norm.v.new_zeros(norm.v.shape, dtype=norm.u.dtype, device=norm.u.device)
-            norm.derive(parametrizations.original)
+            norm.loaded(parametrizations.original)
 
 
 @torch.no_grad()
@@ -128,6 +102,28 @@ def read_as_eval(owner: nn.Module, name: str) -> Tensor:
         for part, mode in modes:
             part.training = mode
     return value
+
+
+def weight_in_use(module: nn.Module, name: str = "weight") -> Tensor:
+    """Return the normalised weight that an eval forward would use now, detached; no state moves.
+
+    To log or look at, in any mode. Reading `module.weight` in training mode counts as a forward: it
+    moves the state.
+
+    Args:
+        module: a module that has the weight.
+        name: name of the weight in it.
+
+    Raises:
+        ValueError: if the module has no normalised weight of that name, with those it has.
+    """
+    names = [tensor for tensor, _ in norms_of(module)]
+    if name not in names:
+        raise ValueError(
+            f"weight_in_use: {type(module).__name__} has no weight {name!r} under SpectralNorm; "
+            + (f"it has {names}" if names else "it has none")
+        )
+    return read_as_eval(module, name).detach()
 
 
 def _lists(owner: nn.Module) -> Iterator[Any]:

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, TypeVar, cast
 
+from snparam.constraints.constraint import CONSTRAINTS
+from snparam.estimators.estimate import ESTIMATORS
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _OPTIONS_DOC = """\
@@ -32,17 +35,24 @@ _OPTIONS_DOC = """\
         it decay to NaN. Zero norms are caught exactly here, so the default is 0 and weights of
         every scale are normalised; pass 1e-12 for the classic floor to the letter.
     update: when the state moves. `"forward"` (the default, the classic method): in every training
-        forward. `"step"`: once after each optimizer step, for all layers together, by
-        `update_after_step(optimizer, model)` or `update(model)`; forwards are then pure, without a
+        forward. `"step"`: once after each step of any torch optimizer that trains the weight, for
+        all layers together, and nothing has to be called for it; forwards are then pure, without a
         matrix product, so that gradient accumulation, D(real) + D(fake) and checkpointing cost
-        nothing more and agree exactly.
+        nothing more and agree exactly. Until an optimizer has reached the weight, and where others
+        change it, it moves in training forwards.
     coeff: c, the norm to hold instead of 1: c · W / σ. Default 1.0.
     soft: whether c is a bound only: W / max(1, σ / c), which leaves weights with σ ≤ c untouched,
         to the bit (SNGP, Liu et al. 2020). Default False.
     gain: γ · W / σ, one γ for each matrix, that starts at σ of the weight, so that the module
         computes what it computed before. `"learned"`: γ is a Parameter (σReparam, Zhai et al.
         2023), to be given to the optimizer (see `parameter_groups`). `"fixed"`: a buffer. None
-        (the default): no γ; the norm is 1 and the function another. A zero matrix has γ = 1."""
+        (the default): no γ; the norm is 1 and the function another. A zero matrix has γ = 1.
+    sigma: how σ is found. `"power"` (the default): the classic iteration. `"rayleigh-ritz"`: each
+        step also turns the `num_svs` vectors that it has found so that the first is the best in
+        their span, for the same two products; with `num_svs=2` and more it follows a weight whose
+        second singular value overtakes the first, which the classic order loses for many steps.
+    constraint: what is done with σ, by the name it is registered under. None (the default): what
+        `coeff`, `soft` and `gain` say."""
 
 
 class Options(TypedDict, total=False):
@@ -58,6 +68,8 @@ class Options(TypedDict, total=False):
     coeff: float
     soft: bool
     gain: Literal["learned", "fixed"] | None
+    sigma: str
+    constraint: str | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,8 @@ class Settings:
     coeff: float = 1.0
     soft: bool = False
     gain: Literal["learned", "fixed"] | None = None
+    sigma: str = "power"
+    constraint: str | None = None
 
     def __post_init__(self) -> None:
         """Check every value; the error names the option, the value and what is possible."""
@@ -99,10 +113,21 @@ class Settings:
             raise TypeError(f"soft={self.soft!r}: expected True or False")
         if self.gain not in (None, "learned", "fixed"):
             raise ValueError(f"gain={self.gain!r}: expected 'learned', 'fixed' or None")
-        if self.gain is not None and (self.soft or self.coeff != 1):
-            raise ValueError(
-                f"gain={self.gain!r} sets the norm, and so do coeff and soft; pass one or the other"
-            )
+        _check_name("sigma", self.sigma, ESTIMATORS)
+        if self.constraint is not None:
+            _check_name("constraint", self.constraint, CONSTRAINTS)
+        CONSTRAINTS[self.constraint_name].check(self)
+
+    @property
+    def constraint_name(self) -> str:
+        """Name of the constraint: as given, or what `gain` and `soft` mean."""
+        if self.constraint is not None:
+            return self.constraint
+        return "gain" if self.gain is not None else "bound" if self.soft else "fixed"
+
+
+# What torch's own spectral_norm calls an option.
+_OF_TORCH = {"n_power_iterations": "num_itrs"}
 
 
 def settings_from(num_svs: int, num_itrs: int, options: Mapping[str, Any]) -> Settings:
@@ -112,10 +137,11 @@ def settings_from(num_svs: int, num_itrs: int, options: Mapping[str, Any]) -> Se
         TypeError: for an unknown option, with the nearest known name, or a value of a wrong type.
         ValueError: for a value out of range.
     """
-    known = [field.name for field in fields(Settings) if not field.name.startswith("num_")]
+    known = [field.name for field in fields(Settings)]
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = [_OF_TORCH[name]] if name in _OF_TORCH else []
+            close = close or difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise TypeError(f"unknown option {name!r}{hint} The options are: {', '.join(known)}")
     return Settings(num_svs, num_itrs, **options)
@@ -144,6 +170,11 @@ def documents_options(function: _Function) -> _Function:
 
 def _indent(text: str) -> str:
     return "\n".join("    " + line if line else line for line in text.splitlines())
+
+
+def _check_name(option: str, value: object, known: Mapping[str, object]) -> None:
+    if value not in known:
+        raise ValueError(f"{option}={value!r}: expected one of {', '.join(map(repr, known))}")
 
 
 def _check_count(name: str, value: object, also: str = "") -> None:

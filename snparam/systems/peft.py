@@ -42,11 +42,18 @@ _INSTEAD = {
 def refuse_merging(owner: nn.Module) -> None:
     """Let a parametrized module refuse to have an adapter merged into its normalised weights.
 
-    Its class has to be its own; it has the answer no longer than the module is parametrized.
+    Its class has to be its own.
     """
-    cls: Any = type(owner)
+    cls = type(owner)
     if _ASKED not in vars(cls):
-        cls.base_layer = property(_asked)
+        setattr(cls, _ASKED, _ANSWER)
+
+
+def allow_merging(owner: nn.Module) -> None:
+    """Undo `refuse_merging`."""
+    cls = type(owner)
+    if vars(cls).get(_ASKED) is _ANSWER:
+        delattr(cls, _ASKED)
 
 
 def _asked(self: nn.Module) -> Any:
@@ -63,6 +70,9 @@ def _asked(self: nn.Module) -> Any:
     return nn.Module.__getattr__(self, _ASKED)
 
 
+_ANSWER = property(_asked)
+
+
 def _writing(frame: FrameType) -> str | None:
     """The method of peft on whose way a wrapper asks, if it is one that writes."""
     for asking in outward(frame):
@@ -77,6 +87,9 @@ def _writing(frame: FrameType) -> str | None:
 class _Peft(System):
     def on_attach(self, owner: nn.Module) -> None:
         refuse_merging(owner)
+
+    def on_detach(self, owner: nn.Module) -> None:
+        allow_merging(owner)
 
 
 register_system(_Peft())

@@ -5,17 +5,17 @@ weights anew that it does not find under their ordinary names. A layer does not 
 it is a part of, but whoever asks for its state dict is on the call stack. Neither library is
 imported; a method of that name is all that is looked for.
 
-Where trainers pass a state dict, gathered from many ranks, say, only the method itself sees it. A
-converted model therefore has a `save_pretrained` of its own.
+Where trainers pass a state dict, gathered from many ranks, say, only the method itself sees it. The
+class that defines it therefore makes the state dict plain, once a model of that class was
+converted; for models without normalised weights it does what it did. No model has anything of its
+own that would have to be undone, or that a copy or a pickle would take along.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from torch.func import functional_call
 
 from snparam.checkpoints.save import plain_state_dict
 from snparam.parametrization.baking import check_alone, check_shared
+from snparam.parametrization.classes import definitions, unwrap, wrap
 from snparam.parametrization.extensions import System, register_system
-from snparam.parametrization.find import is_normalised, norms_of
+from snparam.parametrization.find import is_normalised, normalised_weights, norms_of
 from snparam.parametrization.frames import outward
 from snparam.parametrization.spectral_norm import SpectralNorm
 
@@ -35,17 +36,21 @@ METHOD = "save_pretrained"
 _OF_ADAPTERS = ("get_peft_model_state_dict", "adapter_state_dict_load_map")
 
 
+_SPELLED = "state_dict"
+_GIVEN = "state_dict"
+
+
 def spell_for_pretrained(owner: nn.Module) -> None:
-    """Let `state_dict` of a module be plain, with its normalised weights, in `save_pretrained`."""
-    if _respell not in owner._state_dict_hooks.values():
-        owner._register_state_dict_hook(_respell)  # type: ignore[no-untyped-call]
+    """Let `state_dict` of a module be plain, with its normalised weights, in `save_pretrained`.
+
+    Its class has to be its own.
+    """
+    wrap(type(owner), _SPELLED, _state_dict)
 
 
 def spell_as_before(owner: nn.Module) -> None:
     """Undo `spell_for_pretrained`."""
-    hooks = owner._state_dict_hooks
-    for key in [key for key, hook in hooks.items() if hook is _respell]:
-        del hooks[key]
+    unwrap(type(owner), _SPELLED, _state_dict)
 
 
 def make_plain(owner: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
@@ -83,17 +88,22 @@ def _normalised(norm: SpectralNorm, state: dict[str, Any], inside: str) -> Tenso
     return value.detach()
 
 
-def _respell(owner: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+def _state_dict(
+    state_dict: Callable[..., dict[str, Any]], owner: nn.Module, *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    state = state_dict(owner, *args, **kwargs)
     saved, method = _being_saved()
     if saved is not None:
         if method == METHOD:
             check_shared(saved, owner)
-        make_plain(owner, state_dict, prefix)
+        # torch still takes its arguments by position: destination, prefix, keep_vars.
+        make_plain(owner, state, args[1] if len(args) > 1 else kwargs.get("prefix", ""))
+    return state
 
 
 def _being_saved() -> tuple[nn.Module | None, str]:
     """The model that is being saved, and the function that does it, the innermost of several."""
-    for frame in outward(sys._getframe(2)):
+    for frame in outward(sys._getframe(1)):
         code = frame.f_code
         if code.co_argcount and (code.co_name == METHOD or code.co_name in _OF_ADAPTERS):
             model = frame.f_locals.get(code.co_varnames[0])
@@ -103,49 +113,34 @@ def _being_saved() -> tuple[nn.Module | None, str]:
 
 
 def save_plain(model: nn.Module) -> None:
-    """Let every module with normalised weights inside, and a `save_pretrained`, save plain ones."""
+    """Let `save_pretrained` of modules with normalised weights inside write plain ones.
+
+    By the classes that define it, where it takes a state dict.
+    """
     for module in model.modules():
-        original = getattr(type(module), METHOD, None)
-        if callable(original) and METHOD not in vars(module) and is_normalised(module):
-            signature = inspect.signature(original)
-            if "state_dict" in signature.parameters:
-                # A bound method in the instance: deepcopy binds it to the copy.
-                vars(module)[METHOD] = MethodType(_saver(original, signature), module)
+        for cls in definitions(type(module), METHOD):
+            takes_one = _GIVEN in inspect.signature(vars(cls)[METHOD]).parameters
+            if takes_one and is_normalised(module):
+                wrap(cls, METHOD, _save)
 
 
-def save_as_before(model: nn.Module) -> None:
-    """Undo `save_plain`, wherever no normalised weight is left."""
-    for module in model.modules():
-        own = vars(module).get(METHOD)
-        if hasattr(own, "_snparam") and not is_normalised(module):
-            del vars(module)[METHOD]
-
-
-def _saver(original: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
-    """A `save_pretrained` around another; it has the other's signature and documentation."""
-
-    @functools.wraps(original)
-    def save(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not is_normalised(self):
-            return original(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs)
-        state_dict = given.arguments.get("state_dict")
-        given.arguments["state_dict"] = (
-            plain_state_dict(self) if state_dict is None else _plain(self, state_dict)
-        )
-        return original(*given.args, **given.kwargs)
-
-    save._snparam = True  # type: ignore[attr-defined]
-    return save
+def _save(save: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if not is_normalised(model):
+        return save(model, *args, **kwargs)
+    given = inspect.signature(save).bind(model, *args, **kwargs)
+    state_dict = given.arguments.get(_GIVEN)
+    given.arguments[_GIVEN] = (
+        plain_state_dict(model) if state_dict is None else _plain(model, state_dict)
+    )
+    return save(*given.args, **given.kwargs)
 
 
 def _plain(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict of a model with the ordinary keys, from one with snparam's or with those."""
     check_shared(model)
     plain = dict(state_dict)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if any(True for _ in norms_of(module)):
-            make_plain(module, plain, f"{name}." if name else "")
+    for weight in normalised_weights(model, every_name=True):
+        make_plain(weight.owner, plain, weight.prefix)
     return plain
 
 
@@ -158,9 +153,6 @@ class _SavePretrained(System):
 
     def on_model(self, model: nn.Module) -> None:
         save_plain(model)
-
-    def on_restore(self, model: nn.Module) -> None:
-        save_as_before(model)
 
 
 register_system(_SavePretrained())

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from snparam.conversion.convert import plan_conversion
-from snparam.conversion.plan import ALREADY, CONVERT, REFUSE, Site, sites_of
+from snparam.conversion.plan import ALREADY, CONVERT, REFUSE, plan_of
 from snparam.conversion.selection import Filter, Selection, Selectors
+from snparam.conversion.weights import Weight, weights_in
 from snparam.estimators import convergence
 from snparam.parametrization.attachment import read_as_eval
-from snparam.parametrization.find import norm_on
+from snparam.parametrization.find import normalised_weights
 from snparam.parametrization.options import Settings
 
 
@@ -29,6 +29,7 @@ def assert_spectral_norm(
     include: Selectors = None,
     exclude: Selectors = None,
     blocks: int | Literal["auto"] | None = None,
+    only_converted: bool = False,
 ) -> None:
     """The largest singular value of every weight in use is at most `at_most`.
 
@@ -36,10 +37,10 @@ def assert_spectral_norm(
     whatever mode the model is in. No state moves.
 
     Args:
-        model: a network, or a single layer. If any of its weights is under SpectralNorm, those are
-            checked, each block by itself. If none is (before a conversion, after
-            `restore_model`, or under another library's parametrization), every weight of a layer
-            in the table is, as it is.
+        model: a network, or a single layer. Every weight is checked that is under SpectralNorm,
+            each block by itself, and every other one of a layer in the table, as it is: before a
+            conversion, after `restore_model`, under another library's parametrization, and where a
+            conversion has left it out.
         at_most: the bound.
         rtol: relative tolerance on it. Default 1e-3: what a fresh estimate is good for. It also
             takes in the rounding of float32 weights; that of bfloat16 weights needs about 1e-2.
@@ -48,6 +49,8 @@ def assert_spectral_norm(
         exclude: the same, for what is not checked.
         blocks: as how many matrices a weight that is not under SpectralNorm is read, as in
             `register_sn`: after `restore_model`, what the conversion was made with.
+        only_converted: whether to check the weights under SpectralNorm alone. Default False: a
+            network with a layer that is not converted is not bounded.
 
     Raises:
         AssertionError: naming each layer at fault with its shape, the value found and the bound;
@@ -55,24 +58,30 @@ def assert_spectral_norm(
         ValueError: if a pattern or type matches nothing, or a weight does not split into `blocks`.
     """
     selection = Selection.of(include, exclude, None, model)
-    sites = [
-        site
-        for site in sites_of(model, Settings())
-        if selection.reason_against(site.path, site.owner, site.name, site.tensor) is None
+    weights = [
+        weight
+        for weight in weights_in(model, Settings())
+        if selection.reason_against(
+            weight.path, weight.owner, weight.module_name, weight.tensor_name
+        )
+        is None
     ]
-    normalised = [site for site in sites if norm_on(site.owner, site.tensor) is not None]
+    if only_converted:
+        weights = [weight for weight in weights if weight.norm is not None]
     bound = at_most * (1 + rtol)
     checked, faults = 0, []
-    for site in normalised or sites:
-        used = _in_use(site, blocks)
+    for weight in weights:
+        used = _in_use(weight, blocks)
         if used is None:
             continue
         checked += 1
-        weight, matrices = used
-        what = f"{site.weight_name} {_kind(site)} {tuple(weight.shape)}"
-        faults += _above(matrices, bound, what)
+        value, matrices = used
+        kind = parametrize.type_before_parametrizations(weight.owner).__name__
+        faults += _above(matrices, bound, f"{weight.name} {kind} {tuple(value.shape)}")
     if not checked:
-        raise AssertionError(f"{type(model).__name__} has no weight whose spectral norm to check")
+        under = " under SpectralNorm" if only_converted else ""
+        kind = type(model).__name__
+        raise AssertionError(f"{kind} has no weight{under} whose spectral norm to check")
     if faults:
         raise AssertionError(
             f"spectral norm above {at_most:g} (rtol={rtol:g}, so bound {bound:.8g}):\n  "
@@ -100,9 +109,9 @@ def assert_converted(
             has no weight under SpectralNorm at all.
         ValueError: if a pattern or type matches nothing.
     """
-    plan = plan_conversion(
-        model, include=include, exclude=exclude, filter_fn=filter_fn, progress=False
-    )
+    selection = Selection.of(include, exclude, filter_fn, model)
+    norms = {id(known.original): known.norm for known in normalised_weights(model)}
+    plan = plan_of(list(weights_in(model, Settings(), take_over=True)), selection, norms)
     missing = [row for row in plan if row.decision in (CONVERT, REFUSE)]
     if missing:
         eligible = len(missing) + sum(row.reason == ALREADY for row in plan)
@@ -160,27 +169,25 @@ def assert_same_function(
 # Spectral norms
 
 
-def _in_use(site: Site, blocks: int | Literal["auto"] | None) -> tuple[Tensor, Tensor] | None:
+def _in_use(weight: Weight, blocks: int | Literal["auto"] | None) -> tuple[Tensor, Tensor] | None:
     """The weight that eval mode uses, and its matrices; None where there is nothing to check."""
-    owner, name, candidate = site.owner, site.tensor, site.candidate
-    norm = norm_on(owner, name)
-    if norm is not None:
-        weight = read_as_eval(owner, name)
-        return weight, norm.view.to_matrices(weight)
-    if candidate is None:
+    owner, name = weight.owner, weight.tensor_name
+    if weight.norm is not None:
+        value = read_as_eval(owner, name)
+        return value, weight.norm.view.to_matrices(value)
+    if weight.layout is None:
         return None
     if parametrize.is_parametrized(owner, name):
         with _evaluating(owner.parametrizations[name]):  # type: ignore[index]
-            weight = getattr(owner, name)
-    elif candidate.problem is not None:
+            value = getattr(owner, name)
+    elif weight.problem is not None or weight.tensor is None:
         return None
     else:
-        weight = candidate.tensor
-    layout = candidate.weight.layout
+        value = weight.tensor
     try:
-        return weight, layout.view(weight.shape, blocks).to_matrices(weight)
+        return value, weight.layout.view(value.shape, blocks).to_matrices(value)
     except ValueError as error:
-        raise ValueError(f"{site.weight_name} {tuple(weight.shape)}: {error}") from None
+        raise ValueError(f"{weight.name} {tuple(value.shape)}: {error}") from None
 
 
 def _above(matrices: Tensor, bound: float, what: str) -> list[str]:
@@ -193,10 +200,6 @@ def _above(matrices: Tensor, bound: float, what: str) -> list[str]:
         for index, value in enumerate(sigma)
         if not value <= bound
     ]
-
-
-def _kind(site: Site) -> str:
-    return parametrize.type_before_parametrizations(site.owner).__name__
 
 
 # Functions

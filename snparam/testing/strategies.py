@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from snparam.layers.table import weights_of
+from snparam.layers.table import layouts_of
 from snparam.testing.tensors import DTYPES, FORMATS, SPECTRA, weight_with
 
 Draw: TypeAlias = Any  # hypothesis's DrawFn, whose own type hides the result's
@@ -145,8 +145,8 @@ def made_layer(
         return layer
     scale = draw(st.sampled_from(_LAYER_SCALES))
     with torch.no_grad():
-        for index, weight in enumerate(weights_of(layer)):
-            tensor: Tensor = getattr(weight.owner, weight.tensor_name)
+        for index, name in enumerate(layouts_of(layer)):
+            tensor = layer.get_parameter(name)
             of_it = {"seed": seed + index, "scale": scale, "dtype": dtype}
             tensor.copy_(weight_with(spectrum, tensor.shape, **of_it))
     return layer

@@ -76,7 +76,7 @@ def check_plan(architecture: Architecture, model: nn.Module) -> nn.Module:
     plan = snparam.plan_conversion(model, progress=False)
     rows = {row.weight: row for row in plan}
     matrices = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.ndim >= 2}
-    unseen = {id(p) for p in matrices.values()} - {row.site.key for row in plan}
+    unseen = {id(p) for p in matrices.values()} - {row.record.key for row in plan}
     assert not unseen, [name for name, p in matrices.items() if id(p) in unseen]
     for row in plan:
         assert row.decision in ("convert", "skip")
@@ -87,8 +87,8 @@ def check_plan(architecture: Architecture, model: nn.Module) -> nn.Module:
         for row in found:
             assert row.decision == "skip", row.weight
             assert reason in row.reason, row.reason
-    entries = {row.site.key: matrix for row in plan if (matrix := _size(row.shape))}
-    done = {row.site.key for row in plan if row.decision == "convert"}
+    entries = {row.record.key: matrix for row in plan if (matrix := _size(row.shape))}
+    done = {row.record.key for row in plan if row.decision == "convert"}
     share = sum(entries[key] for key in done) / sum(entries.values())
     assert abs(share - plan.share) < 1e-12
     assert share >= architecture.share - 1e-3, str(plan)

@@ -14,15 +14,15 @@ import transformers as hf
 from transformers.pytorch_utils import Conv1D
 
 import snparam
-from snparam.layers.table import weights_of
+from snparam.layers.table import layouts_of
 
 
 def views(module: nn.Module, blocks: Any = None) -> dict[str, Tensor]:
     """Weights by name, as stacks of matrices."""
     return {
-        weight.path: weight.layout.view(value.shape, blocks).to_matrices(value).double()
-        for weight in weights_of(module)
-        for value in [dict(module.named_parameters())[weight.path].detach()]
+        name: layout.view(value.shape, blocks).to_matrices(value).double()
+        for name, layout in layouts_of(module).items()
+        for value in [module.get_parameter(name).detach()]
     }
 
 
@@ -31,7 +31,7 @@ def test_conv1d_is_stored_input_first() -> None:
     nn.init.normal_(layer.weight)
     (matrix,) = views(layer)["weight"]
     x = torch.randn(4, 3)
-    torch.testing.assert_close(layer(x).double(), x.double() @ matrix.T)
+    torch.testing.assert_close(layer(x), (x.double() @ matrix.T).float())
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -127,8 +127,8 @@ def test_every_parameter_of_three_dimensions_called_experts_is_known() -> None:
     import re
     from pathlib import Path
 
+    from snparam.layers.libraries.transformers import TYPES
     from snparam.layers.rows import qualified
-    from snparam.layers.thirdparty import ROWS
 
     models = Path(inspect.getfile(hf)).parent / "models"
     seen = 0
@@ -140,7 +140,7 @@ def test_every_parameter_of_three_dimensions_called_experts_is_known() -> None:
             if not re.search(r"\.(gate_up_proj|down_proj|up_proj) = nn\.Parameter\(", body):
                 continue
             cls = type(kind, (nn.Module,), {"__module__": _module(file)})
-            row = next(row for row in ROWS if row.is_for(cls))
+            row = next(row for row in TYPES if row.is_for(cls))
             assert says or row.obstacle is None, qualified(cls)
             seen += 1
     assert seen > 50
@@ -207,4 +207,4 @@ def test_a_converted_experts_module_is_still_known_by_its_name() -> None:
     layer = Conv1D(5, 3)
     snparam.register_sn(layer)
     assert type(layer) is not Conv1D
-    assert [weight.layout.kind for weight in weights_of(layer)] == ["columns"]
+    assert [layout.kind for layout in layouts_of(layer).values()] == ["columns"]

@@ -320,7 +320,7 @@ def test_torchs_attention_under_an_adapter_is_left_alone_and_none_is_put_on_it_l
     for name in ("in_proj_weight", "out_proj.base_layer.weight"):
         assert "in every forward" in rows[inside + name].reason
     snparam.convert_model(model, progress=False)
-    assert [row.name for row in snparam.verify(model)] == ["base_model.model.last.weight"]
+    assert [row.weight for row in snparam.verify(model)] == ["base_model.model.last.weight"]
     model(torch.randn(3, 2, 8)).sum().backward()
     with pytest.raises(RuntimeError, match=r"'attention.in_proj_weight' \(24, 8\).*exclude="):
         peft.get_peft_model(snparam.convert_model(Attends(), progress=False), config)

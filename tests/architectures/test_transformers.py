@@ -396,7 +396,7 @@ def test_mixtrals_experts_are_matrices_of_their_own_and_its_router_is_one() -> N
     assert [(r.tensor, r.matrices, r.decision) for r in routers] == [
         ("weight", (1, 3, 16), "convert")
     ] * 2
-    assert not any(isinstance(router.site.owner, nn.Linear) for router in routers)
+    assert not any(isinstance(router.record.owner, nn.Linear) for router in routers)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
     experts = sum(int(torch.Size(r.shape).numel()) for r in rows_of(model, "Experts"))
     assert experts / matrices > 0.7

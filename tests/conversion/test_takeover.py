@@ -16,7 +16,6 @@ from torch.nn.utils import weight_norm as torch_weight_norm
 
 import snparam
 from snparam.conversion import convert as conversion
-from snparam.conversion import register as registration
 from snparam.layers import torch_reading as reading
 from snparam.layers.torch_norms import spectral_on
 from snparam.matrices.views import Layout
@@ -262,8 +261,7 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(step, at, monkeypatch):
     )
     handle = model[2].register_forward_pre_hook(lambda *_: None)
     before, state = everything_of(model), copy.deepcopy(model.state_dict())
-    module = {"attach": registration, "take_off": conversion}[step]
-    real, calls = getattr(module, step), []
+    real, calls = getattr(conversion, step), []
 
     def failing(*args):
         calls.append(args)
@@ -271,7 +269,7 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(step, at, monkeypatch):
             raise RuntimeError("on the way")
         return real(*args)
 
-    monkeypatch.setattr(module, step, failing)
+    monkeypatch.setattr(conversion, step, failing)
     with pytest.raises(RuntimeError, match="on the way"):
         snparam.convert_model(model)
     assert everything_of(model) == before

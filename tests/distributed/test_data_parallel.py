@@ -29,8 +29,6 @@ def network(seed: int = 0) -> nn.Module:
 def train(model: nn.Module, part: int = 0, parts: int = 1) -> None:
     """Twenty steps of D(real) + D(fake), two forwards for each backward."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    if any(name.endswith(".v") for name, _ in model.named_buffers()):
-        snparam.update_after_step(optimizer, model)
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         real, fake = (

@@ -12,14 +12,13 @@ from torch.nn.utils import parametrize
 
 import snparam
 from snparam import Layout, register_layer_type
-from snparam.layers import table as layers
+from snparam.layers.table import USER_ROWS
 
 
 @pytest.fixture(autouse=True)
 def _only_its_own_rows() -> Iterator[None]:
-    before = list(layers.USER_ROWS)
     yield
-    layers.USER_ROWS[:] = before
+    USER_ROWS.clear()
 
 
 class Dense(nn.Module):
@@ -58,7 +57,8 @@ def test_unknown_types_are_left_alone_and_a_registration_changes_that() -> None:
     model = Dense()
     assert row(model).decision == "skip"
     assert row(model).reason == "Dense is not in the layer table"
-    assert "register_layer_type" in str(snparam.plan_conversion(model)).splitlines()[-2]
+    call = str(snparam.plan_conversion(model)).splitlines()[-2].strip()
+    assert call == f'snparam.register_layer_type("{__name__}.Dense", {{"kernel": "rows"}})'
     assert register_layer_type(Dense, {"kernel": "columns"}) is Dense
     assert row(model).decision == "convert"
     assert row(model).matrices == (1, 3, 5)
@@ -196,7 +196,7 @@ def test_mistakes_are_errors_that_name_them(
 ) -> None:
     with pytest.raises(error, match=text):
         register_layer_type(*arguments)
-    assert not layers.USER_ROWS
+    assert not USER_ROWS
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_mistakes_in_options_are_errors(
 ) -> None:
     with pytest.raises(error, match=text):
         register_layer_type(Dense, {"kernel": "rows"}, **options)
-    assert not layers.USER_ROWS
+    assert not USER_ROWS
 
 
 def test_a_function_that_gives_no_layout_is_named() -> None:
@@ -227,3 +227,141 @@ def test_a_function_that_gives_no_layout_is_named() -> None:
 def test_layouts_know_their_kinds(kind: str) -> None:
     with pytest.raises(ValueError, match="expected one of rows, columns"):
         Layout(kind)
+
+
+# Names that a class does not have
+
+
+class Annotated(nn.Module):
+    kernel: nn.Parameter
+
+    def reset(self) -> None:
+        pass
+
+
+class Registered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("kernel", nn.Parameter(torch.randn(5, 3)))
+
+
+class Counted(nn.Module):
+    def __init__(self, count: int = 2) -> None:
+        super().__init__()
+        for i in range(count):
+            setattr(self, f"kernel{i}", nn.Parameter(torch.randn(5, 3)))
+
+
+class Built(nn.Module):
+    """Its tensor is made by a method that its __init__ calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.build()
+
+    def build(self) -> None:
+        self.kernel = nn.Parameter(torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("kind", [Dense, Derived, Annotated, Registered, Counted, Built])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_tensor_that_a_class_does_not_have_is_refused_with_the_nearest(
+    kind: type[nn.Module], by_name: bool
+) -> None:
+    given: Any = f"{kind.__module__}.{kind.__qualname__}" if by_name else kind
+    message = rf"'kernle' \(did you mean 'kernel'\?\).*{kind.__name__}"
+    with pytest.raises(ValueError, match=message):
+        register_layer_type(given, {"kernle": "rows"})
+    assert not USER_ROWS
+    register_layer_type(given, {"kernel0" if kind is Counted else "kernel": "columns"})
+    assert len(USER_ROWS) == 1
+
+
+def test_a_wrong_name_is_refused_by_the_decorator_too() -> None:
+    with pytest.raises(ValueError, match="kernle"):
+
+        @register_layer_type(weights={"kernle": "columns"})
+        class Own(Dense):
+            pass
+
+
+@pytest.mark.parametrize("name", ["ker*", "k[ae]rnel", "?ernel", "inner.kernal"])
+def test_globs_and_dotted_names_are_not_looked_for(name: str) -> None:
+    register_layer_type(Dense, {name: "columns"})
+
+
+def test_a_class_that_is_not_loaded_yet_may_have_any_tensor() -> None:
+    register_layer_type("library.layers.Dense", {"anything": "rows"})
+
+
+# What a registration keeps
+
+
+def test_a_registration_does_not_keep_a_class_alive() -> None:
+    """As one that a notebook defines anew."""
+    import gc
+    import weakref
+
+    def define() -> Any:
+        class Own(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.kernel = nn.Parameter(torch.randn(5, 3))
+
+        register_layer_type(Own, {"kernel": "columns"})
+        assert row(snparam.convert_model(Own())).reason == "already normalised"
+        return weakref.ref(Own)
+
+    gone = define()
+    gc.collect()
+    assert gone() is None
+    assert not USER_ROWS
+
+
+def test_the_last_registration_counts_by_type_or_by_name() -> None:
+    name = f"{Dense.__module__}.Den*"
+    for kinds in ([Dense, name], [name, Dense]):
+        USER_ROWS.clear()
+        register_layer_type(kinds[0], {"kernel": "rows"})
+        register_layer_type(kinds[1], {"kernel": "columns"})
+        assert row(Dense(5, 3)).matrices == (1, 3, 5)
+
+
+# Tensors of a module inside
+
+
+class Projection(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(5, 3))
+
+
+class Attention(nn.Module):
+    """Reads the kernel of a module inside itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = Projection()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.out.kernel
+
+
+def test_a_tensor_that_a_module_reads_of_one_inside_is_in_plans_as_in_registrations() -> None:
+    register_layer_type(Attention, {"out.kernel": "columns"})
+    model = nn.Sequential(Attention(), Projection())
+    inside, alone = snparam.plan_conversion(model)
+    assert (inside.weight, inside.decision) == ("0.out.kernel", "convert")
+    assert inside.matrices == (1, 3, 5)
+    assert alone.reason == "Projection is not in the layer table"
+    snparam.convert_model(model)
+    registered = snparam.register_sn(Attention())
+    for attention in (model[0], registered):
+        assert attention.out.parametrizations.kernel[0].view.matrices == (1, 3, 5)
+
+
+def test_the_obstacle_of_the_module_around_counts() -> None:
+    register_layer_type(Attention, {"out.kernel": "columns"}, skip="it is special")
+    register_layer_type(Projection, {"kernel": "columns"})
+    assert row(Attention()).reason == "it is special"
+    assert row(Projection()).decision == "convert"

@@ -92,12 +92,13 @@ def test_autocast_changes_neither_the_weight_nor_the_state(training, num_svs, bl
 def test_autocast_around_backward_changes_no_gradient():
     layer = snparam.register_sn(nn.Linear(12, 10))
     upstream = torch.randn(10, 12)
-    (right,) = torch.autograd.grad(layer.eval().weight, original_of(layer), upstream)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        weight = layer.weight
-        (found,) = torch.autograd.grad(weight, original_of(layer), upstream)
-        weight = layer.weight
-        (again,) = torch.autograd.grad(weight, original_of(layer), upstream, create_graph=True)
+    with snparam.frozen(layer):
+        (right,) = torch.autograd.grad(layer.weight, original_of(layer), upstream)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            weight = layer.weight
+            (found,) = torch.autograd.grad(weight, original_of(layer), upstream)
+            weight = layer.weight
+            (again,) = torch.autograd.grad(weight, original_of(layer), upstream, create_graph=True)
     assert torch.equal(found, right)
     torch.testing.assert_close(again, right)
 

@@ -16,9 +16,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import snparam
-from snparam.constraints import cpu, cpu_division
-from snparam.constraints.division import Division, divide
-from snparam.constraints.memory import Memory
+from snparam.constraints.division import Divisor, divide
 from snparam.matrices.views import Layout
 from snparam.testing import example_inputs, layers, weights
 from snparam.testing.tensors import weight_with
@@ -45,18 +43,8 @@ VIEWS = {
 }
 
 
-def by_number(weight, by, gain=None):
-    """As layers divide one matrix on a CPU, with vectors of any length."""
-    longer = by._replace(slope=by.slope / 6, u=by.u * 2, v=by.v * 3)
-    of = cpu.Matrix(weight, by.view)
-    return cpu_division.divide(weight, gain, longer, of, Memory())
-
-
-def fixed(name, dtype, memory="contiguous", number=False):
-    """The normalised weight as a function of the weight, with u and v fixed; and a weight.
-
-    With `number`, σ is handed over as a number, as layers do for one matrix on a CPU.
-    """
+def fixed(name, dtype, memory="contiguous", plain=False):
+    """The normalised weight as a function of the weight, with u and v fixed; and a weight."""
     shape, layout, blocks = VIEWS[name]
     view = layout.view(shape, blocks)
     weight = weight_with("gaussian", shape, seed=len(name), scale=2.0, dtype=dtype, memory=memory)
@@ -74,9 +62,8 @@ def fixed(name, dtype, memory="contiguous", number=False):
 
     def normalised(W):
         divisor = sigma(W.detach())
-        if number:
-            return by_number(W, Division(float(divisor), 1.0, u[0], v[0], view))
-        return divide(W, Division(divisor, 1.0, u, v, view))
+        divisor = divisor.reshape(()) if blocks == 1 else divisor
+        return divide(W, Divisor(divisor), u, v, view, plain=plain)
 
     return normalised, weight.requires_grad_()
 
@@ -90,19 +77,16 @@ def test_first_and_second_derivatives(name, dtype, memory):
     assert gradgradcheck(normalised, weight)
 
 
-@pytest.mark.parametrize("memory", ["contiguous", "transposed", "strided"])
-@pytest.mark.parametrize("name", [n for n, (_, _, blocks) in VIEWS.items() if blocks == 1])
-def test_first_and_second_derivatives_where_sigma_is_a_number(name, memory):
-    normalised, weight = fixed(name, torch.float64, memory, number=True)
+@pytest.mark.parametrize("name", VIEWS)
+def test_first_and_second_derivatives_by_plain_operations(name):
+    normalised, weight = fixed(name, torch.float64, plain=True)
     assert gradcheck(normalised, weight, check_batched_grad=True)
     assert gradgradcheck(normalised, weight)
 
 
 @pytest.mark.parametrize("slope", [1.0, 0.4])
-@pytest.mark.parametrize(
-    ("name", "number"), [("linear", True), ("linear", False), ("gates", False)]
-)
-def test_derivatives_with_a_gain_and_another_slope(name, number, slope):
+@pytest.mark.parametrize("name", ["linear", "gates"])
+def test_derivatives_with_a_gain_and_another_slope(name, slope):
     """γ W / d with d = 0.3 + slope · σ, by W and by γ."""
     shape, layout, blocks = VIEWS[name]
     view = layout.view(shape, blocks)
@@ -114,16 +98,13 @@ def test_derivatives_with_a_gain_and_another_slope(name, number, slope):
 
     def normalised(W, gain):
         sigma = torch.einsum("bi,bij,bj->b", u, view.to_matrices(W.detach()), v)
-        divisor = 0.3 + slope * sigma
-        if number:
-            return by_number(W, Division(float(divisor), slope, u[0], v[0], view), gain)
-        return divide(W, Division(divisor, slope, u, v, view), gain)
+        divisor = 0.3 + slope * (sigma.reshape(()) if blocks == 1 else sigma)
+        return divide(W, Divisor(divisor, slope, gain), u, v, view)
 
     gain = torch.linspace(0.5, 2.0, blocks).double().requires_grad_()
     assert gradcheck(normalised, (weight, gain), check_batched_grad=True)
     assert gradgradcheck(normalised, (weight, gain))
-    if not number:
-        assert gradcheck(normalised, (weight, gain), check_forward_ad=True, check_backward_ad=False)
+    assert gradcheck(normalised, (weight, gain), check_forward_ad=True, check_backward_ad=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])

@@ -178,7 +178,7 @@ def test_conversion_is_deterministic_and_leaves_the_random_state_alone(model, nu
         one(*example_inputs(one))
     snparam.verify(model)
     snparam.singular_values(model)
-    snparam.plan_conversion(model, progress=False)
+    snparam.plan_conversion(model, num_svs, progress=False)
     snparam.restore_model(copy.deepcopy(model))
     assert torch.equal(torch.random.get_rng_state(), state)
     same_to_the_bit(model.state_dict(), twin.state_dict())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import snparam
-from snparam.matrices import linalg
+from snparam.estimators.power import power_step
 
 
 def network() -> nn.Sequential:
@@ -145,8 +145,6 @@ def test_averaged_weights_are_normalised_in_eval(use_buffers: bool, update: Any)
     model = snparam.convert_model(network(), update=update)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=use_buffers)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    if update == "step":
-        snparam.update_after_step(optimizer, model)
     for _ in range(20):
         model(X).square().sum().backward()
         optimizer.step()
@@ -199,7 +197,8 @@ def test_replicas_in_threads_do_what_the_model_does(
         run_in_threads(*[partial(run, *each) for each in replicas])
         expected = alone(X)
         assert len(found) == 3
-        assert all(torch.equal(found.pop(index), expected) for index in range(3))
+        for index in range(3):  # by rounding: a replica's weight is no Parameter, and is read
+            torch.testing.assert_close(found.pop(index), expected)
         for a, b in zip(model.buffers(), alone.buffers(), strict=True):
             assert torch.equal(a, b)
 
@@ -301,7 +300,7 @@ def test_a_gradient_penalty_equals_one_of_the_weights_written_out() -> None:
 
     def written(layer: nn.Module, h: Tensor) -> Tensor:
         list_ = layer.parametrizations.weight
-        u, v, _ = linalg.power_step(list_.original.detach()[None], list_[0].u)
+        u, v, _ = power_step(list_.original.detach()[None], list_[0].u)[:3]
         sigma = u[0, 0] @ list_.original @ v[0, 0]
         return nn.functional.linear(h, list_.original / sigma, layer.bias)
 

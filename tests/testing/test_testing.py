@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import snparam
-from snparam.layers.table import TABLE
+from snparam.layers.torch import TYPES
 from snparam.testing import (
     Network,
     assert_converted,
@@ -164,7 +164,7 @@ def test_unknown_choices_are_refused_by_name_at_once(draw, named):
 # Layers and networks
 
 
-@pytest.mark.parametrize("kind", [kind for row in TABLE for kind in row.types])
+@pytest.mark.parametrize("kind", [kind for row in TYPES for kind in row.types])
 def test_every_eligible_type_can_be_drawn_and_called(kind):
     """Those of the table: a new row there needs a recipe here."""
 
@@ -422,11 +422,28 @@ def test_converted_weights_are_checked_as_eval_mode_uses_them():
     assert mode == [m.training for m in model.modules()]
 
 
-def test_only_converted_weights_are_checked_where_there_are_any():
+def test_a_weight_that_a_conversion_left_out_is_checked_unless_it_is_said():
     model = snparam.convert_model(scaled_to(small_network(), 9.0), include="2")
-    assert_spectral_norm(model)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"0\.weight Linear \(5, 4\): (9|8\.99)") as caught:
+        assert_spectral_norm(model)
+    assert "2.weight" not in str(caught.value)
+    assert_spectral_norm(model, only_converted=True)
+    with pytest.raises(AssertionError, match=r"0\.weight"):
         assert_spectral_norm(snparam.restore_model(model))
+    with pytest.raises(AssertionError, match="no weight under SpectralNorm"):
+        assert_spectral_norm(model, only_converted=True)
+
+
+def test_a_weight_of_no_known_type_is_checked_where_it_is_registered():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(5 * torch.eye(4))
+
+    layer = snparam.register_sn(Own(), name="kernel", coeff=3.0)
+    with pytest.raises(AssertionError, match=r"kernel Own \(4, 4\): 3"):
+        assert_spectral_norm(layer)
+    assert_spectral_norm(layer, at_most=3.0)
 
 
 def test_blocks_are_checked_each_by_itself():

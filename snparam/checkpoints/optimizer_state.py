@@ -1,0 +1,192 @@
+"""The state of an optimizer, between an ordinary network and the converted one.
+
+An optimizer's state dict numbers parameters by their place in `model.parameters()`. In a converted
+network a layer's weight comes after its bias, and there may be gains, so that the numbers of one
+are wrong for the other: torch loads them, and the first step fails, or trains one parameter with
+the moments of another of its shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from snparam.parametrization.baking import check_alone
+from snparam.parametrization.find import norms_of
+from snparam.parametrization.gains import gain_parameters
+
+
+def optimizer_state_dict_for(
+    model: nn.Module,
+    optimizer: Optimizer,
+    spelling: Literal["plain", "snparam"],
+    state_dict: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return an optimizer's state dict, numbered for the ordinary network or for the converted one.
+
+    After a conversion, what an optimizer of the ordinary network had saved:
+
+        saved = snparam.optimizer_state_dict_for(model, optimizer, "snparam", saved)
+        optimizer.load_state_dict(saved)
+
+    Back, for an optimizer of the ordinary network:
+
+        saved = snparam.optimizer_state_dict_for(model, optimizer, "plain")
+
+    What it has for a weight is that of the original, so that it goes with
+    `plain_state_dict(model, bake=False)` and `restore_model(model, bake=False)`. An ordinary one
+    has no gains: their state is left out, and starts anew.
+
+    Both optimizers have to have been given the same parameters in the same groups, in the order of
+    their networks or with their names (`model.named_parameters()`, torch 2.6 and later). A group of
+    gains alone, as `parameter_groups` makes it, has no counterpart.
+
+    Args:
+        model: the converted network.
+        optimizer: the one that trains it.
+        spelling: whose numbers are wanted: `"plain"`, those of the ordinary network, or
+            `"snparam"`, those of `optimizer` itself.
+        state_dict: that of the ordinary network's optimizer, for `"snparam"`; for `"plain"`, one of
+            `optimizer`, None (the default) for `optimizer.state_dict()`.
+
+    Returns:
+        A state dict for `load_state_dict`, which shares its tensors with the one it is made of.
+
+    Raises:
+        ValueError: if a group has other parameters in one than in the other, if the optimizer
+            trains parameters that the model does not have (FSDP1's, which are flat), or if it keeps
+            one state for all of them (LBFGS).
+        TypeError: without a state dict for `"snparam"`.
+    """
+    if spelling not in ("plain", "snparam"):
+        raise ValueError(f"spelling={spelling!r}: expected 'plain' or 'snparam'")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "optimizer_state_dict_for: LBFGS keeps one state for all parameters, in their order; "
+            "begin with a new one"
+        )
+    ours = optimizer.state_dict()
+    groups = _matched(_plain_names(model), optimizer, ours, gain_parameters(model))
+    if spelling == "plain":
+        return _to_plain(groups, ours if state_dict is None else state_dict)
+    if state_dict is None:
+        raise TypeError(
+            "optimizer_state_dict_for: pass the state dict of the ordinary network's optimizer as "
+            "state_dict="
+        )
+    return _to_ours(groups, ours, state_dict)
+
+
+# A group of the optimizer: its place, and the numbers of its parameters by their plain names, in
+# the order of the ordinary network.
+_Group = tuple[int, dict[str, int]]
+
+
+def _matched(
+    names: dict[int, str], optimizer: Optimizer, ours: dict[str, Any], gains: list[nn.Parameter]
+) -> list[_Group]:
+    """The groups that an optimizer of the ordinary network has too."""
+    new = {id(gain) for gain in gains}
+    order = {name: place for place, name in enumerate(names.values())}
+    groups = []
+    for place, (group, saved) in enumerate(
+        zip(optimizer.param_groups, ours["param_groups"], strict=True)
+    ):
+        numbers = {}
+        for parameter, number in zip(group["params"], saved["params"], strict=True):
+            if id(parameter) in new:
+                continue
+            if id(parameter) not in names:
+                raise ValueError(
+                    f"optimizer_state_dict_for: parameter {number} {tuple(parameter.shape)} of the "
+                    f"{type(optimizer).__name__} is none of the model's; pass the model that it "
+                    "trains, and not one whose parameters were flattened or replaced since"
+                )
+            numbers[names[id(parameter)]] = number
+        if numbers or not group["params"]:
+            by_place = sorted(numbers.items(), key=lambda item: order[item[0]])
+            groups.append((place, dict(by_place)))
+    return groups
+
+
+def _to_plain(groups: list[_Group], ours: dict[str, Any]) -> dict[str, Any]:
+    state, param_groups = {}, []
+    count = 0
+    for place, numbers in groups:
+        group = dict(ours["param_groups"][place])
+        group["params"] = list(range(count, count + len(numbers)))
+        if "param_names" in group:
+            group["param_names"] = list(numbers)
+        for number in numbers.values():
+            if number in ours["state"]:
+                state[count] = ours["state"][number]
+            count += 1
+        param_groups.append(group)
+    return {**ours, "state": state, "param_groups": param_groups}
+
+
+def _to_ours(groups: list[_Group], ours: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    if len(plain["param_groups"]) != len(groups):
+        raise ValueError(
+            f"optimizer_state_dict_for: the state dict has {len(plain['param_groups'])} groups of "
+            f"parameters, and the optimizer {len(groups)} with parameters of the ordinary network; "
+            "build it with the same groups"
+        )
+    state, param_groups = {}, [dict(group) for group in ours["param_groups"]]
+    for (place, numbers), theirs in zip(groups, plain["param_groups"], strict=True):
+        names = theirs.get("param_names", list(numbers))
+        if len(theirs["params"]) != len(numbers) or set(names) != set(numbers):
+            other = next(iter(set(names) ^ set(numbers)), None)
+            named = "" if other is None else f" (one of them has {other!r}, and the other has not)"
+            raise ValueError(
+                f"optimizer_state_dict_for: group {place} has {len(theirs['params'])} parameters "
+                f"in the state dict and {len(numbers)}, without gains, in the optimizer{named}; "
+                "build it with the same groups"
+            )
+        for name, number in zip(names, theirs["params"], strict=True):
+            if number in plain["state"]:
+                state[numbers[name]] = plain["state"][number]
+        kept = {key: ours["param_groups"][place].get(key) for key in ("params", "param_names")}
+        param_groups[place] = {**theirs, **{k: v for k, v in kept.items() if v is not None}}
+    return {**plain, "state": state, "param_groups": param_groups}
+
+
+def _plain_names(model: nn.Module) -> dict[int, str]:
+    """The names that parameters have in the ordinary network, by identity, in its order."""
+    names: dict[int, str] = {}
+    for name, parameter in _plain_parameters(model, "", set()):
+        names.setdefault(id(parameter), name)
+    return names
+
+
+def _plain_parameters(
+    module: nn.Module, prefix: str, seen: set[int]
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """What `named_parameters` gives for the ordinary network."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    lists: Any = module._modules.get("parametrizations")
+    own: dict[str, Any] = dict(module._parameters)
+    ours = [name for name, _ in norms_of(module)]
+    for name in ours:
+        check_alone(module, name)
+        own[name] = lists[name].original
+    order = lists[ours[0]]._snparam_order if ours else ()
+    known = {name: place for place, name in enumerate(order)}
+    for name in sorted(own, key=lambda name: known.get(name, len(known))):
+        if isinstance(own[name], nn.Parameter):
+            yield prefix + name, own[name]
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if child is not lists or not ours:
+            yield from _plain_parameters(child, f"{prefix}{name}.", seen)
+            continue
+        for tensor, parametrized in child._modules.items():
+            if parametrized is not None and tensor not in ours:
+                yield from _plain_parameters(parametrized, f"{prefix}{name}.{tensor}.", seen)

@@ -1,0 +1,82 @@
+"""The spelling of the layers of Brock, Donahue and Simonyan 2019 (BigGAN)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snparam.checkpoints.shapes import has_shape
+from snparam.checkpoints.spelled import as_ordinary, check_norm_is_one, inexpressible
+from snparam.layers.torch_reading import relation, torch_axis, torch_sigma
+from snparam.parametrization.extensions import (
+    Misfit,
+    Spelled,
+    Spelling,
+    State,
+    register_spelling,
+)
+from snparam.parametrization.find import NormalisedWeight
+
+_WEIGHT = "weight"
+_WHAT = "BigGAN's layer"
+
+
+class BigGAN(Spelling):
+    """`weight`, `u0` (1, m), `sv0` (1,), `u1`, `sv1`, ...; a layer has one weight, of that name."""
+
+    name = "biggan"
+
+    def read(self, weight: NormalisedWeight, tensors: Mapping[str, Any]) -> State | None:
+        """All the vectors that there are, up to the first that is missing, and their values."""
+        if weight.tensor_name != _WEIGHT or "u0" not in tensors:
+            return None
+        blocks, rows, _ = weight.norm.view.matrices
+        count = next(i for i in range(len(tensors) + 1) if f"u{i}" not in tensors)
+        us = {f"u{i}": tensors[f"u{i}"] for i in range(count)}
+        svs = {f"sv{i}": tensors[f"sv{i}"] for i in range(count) if f"sv{i}" in tensors}
+        keys, misfits = (*us, *svs), []
+        for name, of_its_kind in (("u", us), ("sv", svs)):
+            for value in of_its_kind.values():
+                if not (has_shape(value, (1, blocks * rows)) if name == "u" else _is_number(value)):
+                    key = f"parametrizations.{_WEIGHT}.0.{name}"
+                    misfits.append(Misfit(key, value, tuple(getattr(weight.norm, name).shape)))
+                    break
+        if misfits:
+            return State(keys=keys, misfits=tuple(misfits))
+        if blocks > 1:
+            axis, u = torch_axis(weight.owner), us["u0"].flatten()
+            return State(keys=keys, sigma=partial(torch_sigma, axis=axis, u=u, v=None))
+        u = torch.cat(list(us.values())).unsqueeze(0)
+        sv = torch.cat([value.reshape(1) for value in svs.values()]) if len(svs) == count else None
+        return State(u, None if sv is None else sv.unsqueeze(0), keys)
+
+    def write(self, weight: NormalisedWeight) -> Spelled:
+        """All the vectors and values that are tracked.
+
+        Raises:
+            ValueError: for a weight of another name, a complex one, or one with other rows.
+        """
+        check_norm_is_one(weight, self.name)
+        if weight.tensor_name != _WEIGHT:
+            raise inexpressible(weight, _WHAT, f"its one weight is called {_WEIGHT!r}")
+        if weight.original.is_complex():
+            raise inexpressible(weight, _WHAT, "it is complex")
+        if relation(weight.norm.view, torch_axis(weight.owner)) != "same":
+            raise inexpressible(weight, _WHAT, "it reads other rows")
+        norm, dtype, buffers = weight.norm, weight.original.dtype, {}
+        for i in range(norm.u.shape[1]):
+            # Copies, because safetensors takes no tensors that share memory.
+            buffers[f"u{i}"] = norm.u[:, i].to(dtype, copy=True)
+            buffers[f"sv{i}"] = norm.sv[:, i].to(dtype, copy=True)
+        return as_ordinary(weight, weight.original.detach(), buffers)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1
+
+
+register_spelling(BigGAN())

@@ -1,0 +1,49 @@
+"""snparam's own spelling, which `state_dict` of a converted network has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from snparam.checkpoints.shapes import has_shape
+from snparam.parametrization.extensions import (
+    Misfit,
+    Spelled,
+    Spelling,
+    State,
+    register_spelling,
+)
+from snparam.parametrization.find import NormalisedWeight
+
+
+class Ours(Spelling):
+    """`parametrizations.weight.original`, `.0.u`, `.0.sv` and, with a gain, `.0.gain`."""
+
+    name = "snparam"
+
+    def weight_key(self, tensor_name: str) -> str:
+        """That of torch's parametrizations, which keep the weight."""
+        return f"parametrizations.{tensor_name}.original"
+
+    def read(self, weight: NormalisedWeight, tensors: Mapping[str, Any]) -> State | None:
+        """The state, of any number of singular values; it stays where it is, for torch to load."""
+        inside = f"parametrizations.{weight.tensor_name}.0."
+        u, sv = tensors.get(f"{inside}u"), tensors.get(f"{inside}sv")
+        if u is None and sv is None:
+            return None
+        blocks, rows, _ = weight.norm.view.matrices
+        misfits = []
+        for name, value, shape in (("u", u, (blocks, None, rows)), ("sv", sv, (blocks, None))):
+            if value is not None and not has_shape(value, shape):
+                expected = tuple(getattr(weight.norm, name).shape)
+                misfits.append(Misfit(inside + name, value, expected))
+        return State(u, sv, misfits=tuple(misfits))
+
+    def write(self, weight: NormalisedWeight) -> Spelled:
+        """What `state_dict` has."""
+        state = weight.norm.state_dict()
+        inner = {f"0.{name}": tensor for name, tensor in state.items()}
+        return Spelled(inner={"original": weight.original.detach(), **inner})
+
+
+register_spelling(Ours())

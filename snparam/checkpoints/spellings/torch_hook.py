@@ -1,0 +1,51 @@
+"""The spelling of the deprecated `torch.nn.utils.spectral_norm`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from snparam.checkpoints.spelled import check_norm_is_one, inexpressible
+from snparam.checkpoints.spellings.torch import state_in, vectors_for
+from snparam.parametrization.extensions import Spelled, Spelling, State, register_spelling
+from snparam.parametrization.find import NormalisedWeight
+
+_WHAT = "torch's deprecated hook"
+
+
+class TorchHook(Spelling):
+    """`weight_orig`, `weight_u` (m,) and `weight_v` (n,)."""
+
+    name = "torch-hook"
+
+    def weight_key(self, tensor_name: str) -> str:
+        """The original's."""
+        return f"{tensor_name}_orig"
+
+    def read(self, weight: NormalisedWeight, tensors: Mapping[str, Any]) -> State | None:
+        """torch's u, where it is of our matrix. Its v is not needed: it follows from u."""
+        name = weight.tensor_name
+        if f"{name}_u" not in tensors:
+            return None
+        state = state_in(weight, tensors, f"{name}_u", f"{name}_v")
+        if f"{name}_orig" in tensors and f"{name}_v" not in tensors:
+            # torch before 1.0 saved the normalised weight as well, and no v.
+            return replace(state, keys=(*state.keys, name))
+        return state
+
+    def write(self, weight: NormalisedWeight) -> Spelled:
+        """One singular vector, one step ahead: torch takes none in eval mode."""
+        check_norm_is_one(weight, self.name)
+        if weight.original.is_complex():
+            raise inexpressible(weight, _WHAT, "it is complex")
+        u, v = vectors_for(weight, _WHAT)
+        name = weight.tensor_name
+        return Spelled(
+            parameters={f"{name}_orig": weight.original.detach()},
+            buffers={f"{name}_u": u, f"{name}_v": v},
+            metadata={"spectral_norm": {f"{name}.version": 1}},
+        )
+
+
+register_spelling(TorchHook())

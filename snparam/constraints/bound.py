@@ -1,0 +1,28 @@
+"""W / max(1, σ / c): weights under the bound c stay as they are (SNGP, Liu et al. 2020)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from snparam.constraints.constraint import Division, Options, Parameters, register_constraint
+from snparam.constraints.division import Divisor
+
+
+class Bound(Division):
+    """The norm is held at no more than `coeff`."""
+
+    name = "bound"
+
+    def divisor(self, sigma: Tensor, parameters: Parameters, options: Options) -> Divisor:
+        """Return max(1, σ / c)."""
+        over = sigma > options.coeff
+        value = torch.where(over, sigma / options.coeff, 1.0)
+        return Divisor(value, over.to(sigma.dtype) / options.coeff)
+
+    def norm(self, sigma: Tensor, parameters: Parameters, options: Options) -> Tensor:
+        """Return min(σ, c)."""
+        return sigma.clamp_max(options.coeff)
+
+
+register_constraint(Bound())

@@ -1,0 +1,28 @@
+"""c · W / σ: the norm is c, 1 by default. Source: Miyato et al. 2018, equation 8."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from snparam.constraints.constraint import Division, Options, Parameters, register_constraint
+from snparam.constraints.division import Divisor
+
+
+class Fixed(Division):
+    """The norm is held at `coeff`."""
+
+    name = "fixed"
+
+    def divisor(self, sigma: Tensor, parameters: Parameters, options: Options) -> Divisor:
+        """Return σ / c."""
+        if options.coeff == 1:
+            return Divisor(sigma)
+        return Divisor(sigma / options.coeff, 1 / options.coeff)
+
+    def norm(self, sigma: Tensor, parameters: Parameters, options: Options) -> Tensor:
+        """Return c, and 0 for a zero matrix."""
+        return torch.where(sigma == 0, 0.0, torch.full_like(sigma, options.coeff))
+
+
+register_constraint(Fixed())

@@ -1,0 +1,156 @@
+"""Dividing a weight that is sharded over ranks: by shards, with numbers reduced between ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from snparam.matrices.sharded import Tile, gathered, placed_as
+from snparam.matrices.views import View
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def divide_sharded(
+    weight: DTensor,
+    gain: Tensor | None,
+    divisor: Tensor,
+    slope: Tensor | float,
+    u: Tensor,
+    v: Tensor,
+    view: View,
+) -> DTensor:
+    """Return γ W / d for a DTensor, placed as the weight is; `division.divide` has the arguments.
+
+    Backward communicates one number for each block, double backward a few more.
+    """
+    divisor = divisor.reshape(-1).to(v.real.dtype)
+    slope = slope.reshape(-1).to(divisor) if isinstance(slope, Tensor) else slope
+    gain = None if gain is None else gathered(gain)
+    out: DTensor = _DivideSharded.apply(weight, gain, divisor, slope, u, v, view)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _DivideSharded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: DTensor,
+        gain: Tensor | None,
+        divisor: Tensor,
+        slope: Tensor | float,
+        u: Tensor,
+        v: Tensor,
+        view: View,
+    ) -> DTensor:
+        ctx.save_for_backward(weight, gain, divisor, u, v)
+        ctx.slope, ctx.tile = slope, Tile(weight, view)
+        scale = 1.0 / divisor if gain is None else gain / divisor
+        local = weight.to_local()
+        piece = ctx.tile.to_piece(local) * ctx.tile.per_row(scale)
+        return placed_as(weight, ctx.tile.from_piece(piece, local).to(local.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
+        weight, gain, divisor, u, v = ctx.saved_tensors
+        tile = ctx.tile
+        if tuple(grad.placements) != tuple(weight.placements):
+            grad = grad.redistribute(weight.device_mesh, weight.placements)
+        local = weight.to_local()
+        g = tile.to_piece(grad.to_local()).to(u.dtype)
+        w = tile.to_piece(local).to(u.dtype)
+        gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        out, along = gradients(g, w, gain, divisor, ctx.slope, u, v, tile)
+        into = placed_as(weight, tile.from_piece(out, local).to(local.dtype))
+        into_gain = None if gain is None else along.to(gain.dtype)
+        return into, into_gain, None, None, None, None, None
+
+
+def _gradients(
+    g: Tensor,
+    w: Tensor,
+    gain: Tensor | None,
+    divisor: Tensor,
+    slope: Tensor | float,
+    u: Tensor,
+    v: Tensor,
+    tile: Tile,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `division` for a piece W of this rank and its G."""
+    inner = divisor.new_zeros(divisor.shape)
+    for block, part in tile.segments():
+        inner[block] = torch.vdot(g[part].reshape(-1), w[part].reshape(-1)).real
+    along = tile.reduce(inner) / divisor
+    scale = 1.0 / divisor if gain is None else gain / divisor
+    here = u.reshape(-1)[tile.rows, None] * tile.per_row(slope * along * scale)
+    out = g * tile.per_row(scale)
+    for block, part in tile.segments():
+        out[part].addmm_(here[part], v[block, None, tile.columns].conj(), alpha=-1.0)
+    return out, along
+
+
+def _differentiable_gradients(
+    g: Tensor,
+    w: Tensor,
+    gain: Tensor | None,
+    divisor: Tensor,
+    slope: Tensor | float,
+    u: Tensor,
+    v: Tensor,
+    tile: Tile,
+) -> tuple[Tensor, Tensor]:
+    """`_gradients` in operations that can be differentiated, where d depends on W."""
+    outer = u.reshape(-1)[tile.rows, None] * v[tile.blocks][:, tile.columns].conj()
+    sigma = _sum_over_ranks(_by_block(outer, w, tile), tile)
+    d = divisor + slope * (sigma - sigma.detach())
+    along = _sum_over_ranks(_by_block(g, w, tile), tile) / d
+    scale = 1.0 / d if gain is None else gain / d
+    rate = _to_each_rank(slope * along * scale, tile)
+    return g * tile.per_row(_to_each_rank(scale, tile)) - tile.per_row(rate) * outer, along
+
+
+def _by_block(x: Tensor, y: Tensor, tile: Tile) -> Tensor:
+    """This rank's summand of Re⟨X, Y⟩ of each block, (b,)."""
+    rows = (x.conj() * y).sum(-1).real
+    return rows.new_zeros(tile.view.matrices[0]).index_add(0, tile.blocks, rows)
+
+
+# What all ranks have alike, and what each has for itself, are different to a gradient: of the
+# former each rank has the whole, of the latter each has what came from its own piece.
+
+
+def _sum_over_ranks(x: Tensor, tile: Tile) -> Tensor:
+    """The sum, alike on all ranks, of what each has for itself."""
+    out: Tensor = _SumOverRanks.apply(x, tile)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _to_each_rank(x: Tensor, tile: Tile) -> Tensor:
+    """What is alike on all ranks, for each to use with its own piece."""
+    out: Tensor = _ToEachRank.apply(x, tile)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tile: Tile) -> Tensor:
+        ctx.tile = tile
+        return tile.reduce(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _to_each_rank(grad, ctx.tile), None
+
+
+class _ToEachRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tile: Tile) -> Tensor:
+        ctx.tile = tile
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum_over_ranks(grad, ctx.tile), None

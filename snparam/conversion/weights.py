@@ -1,0 +1,353 @@
+"""The weights of a model: where each is, how it is read, and what stands against normalising it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from snparam.conversion.wrappers import FLAT, flattens, wrapper_problem
+from snparam.estimators.completion import completed
+from snparam.layers.table import is_packed, layer_type, layouts_of, note_on, obstacle_in
+from snparam.layers.tensors import QUANTISE_LAST, Problem, is_lazy, reading_problem, tensor_problem
+from snparam.layers.torch_norms import Spectral, hook_behind, hooked, kind_on, spectral_on
+from snparam.matrices.orthonormalisation import orthonormal_rows
+from snparam.matrices.products import real_dtype
+from snparam.matrices.stacks import compute_dtype, is_finite, stack_of
+from snparam.matrices.views import Layout, View
+from snparam.parametrization.find import is_normalised, norm_on
+from snparam.parametrization.options import Settings
+from snparam.parametrization.spectral_norm import SpectralNorm
+
+# Qualified names and modules from the root of a model to one of its modules, both included.
+Path = tuple[tuple[str, nn.Module], ...]
+
+
+ALREADY = Problem("it is registered already", "remove_sn first to change its options")
+# What ends the reason for a type that users may know better.
+UNKNOWN = "is not in the layer table"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of two or more dimensions in a model.
+
+    Attributes:
+        path: qualified names and modules from the root of the model to the owner, both included.
+        tensor_name: name of the tensor in its owner.
+        tensor: the tensor itself, not normalised, or None where it is out of reach.
+        settings: the options that it is asked about with.
+        layout: where its rows are, or None where the layer table does not know it.
+        view: how it is read as a stack of matrices, or None where it cannot be.
+        problem: what stands against registering it, without looking at its values, or None.
+        norm: the SpectralNorm that it is under already, or None.
+        spectral: torch's spectral norm on it, to be taken over, or None.
+        label: what to call it in errors.
+    """
+
+    path: Path
+    tensor_name: str
+    tensor: Tensor | None
+    settings: Settings
+    layout: Layout | None
+    view: View | None
+    problem: Problem | None
+    norm: SpectralNorm | None
+    spectral: Spectral | None
+    label: str
+
+    @property
+    def module_name(self) -> str:
+        """Qualified name of the owner, "" for the model itself."""
+        return self.path[-1][0]
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the tensor."""
+        return self.path[-1][1]
+
+    @property
+    def name(self) -> str:
+        """Qualified name of the weight."""
+        return _join(self.module_name, self.tensor_name)
+
+    @property
+    def key(self) -> int:
+        """Identity of the tensor, which tied weights share, or of a module that hides its own."""
+        return id(self.owner if self.tensor is None else self.tensor)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor, () where it has none or is out of reach."""
+        return () if self.tensor is None or is_lazy(self.tensor) else tuple(self.tensor.shape)
+
+    @property
+    def available(self) -> int:
+        """How many singular values each of its matrices has."""
+        assert self.view is not None
+        return min(self.view.matrices[1:])
+
+    def reads_as(self, view: View) -> bool:
+        """Whether the options read it as the matrices of a view."""
+        try:
+            return (
+                self.layout is not None
+                and self.layout.view(self.shape, self.settings.blocks) == view
+            )
+        except ValueError:
+            return False
+
+    def check(self) -> None:
+        """Raise what stands against registering it, values excepted."""
+        problem = self.problem
+        if problem is None and self.settings.num_svs > self.available:
+            problem = Problem(
+                f"num_svs={self.settings.num_svs} exceeds min(rows, columns)={self.available}",
+                f"pass num_svs <= {self.available}",
+            )
+        if problem is not None:
+            raise problem.error(self.message(problem))
+
+    def message(self, problem: Problem) -> str:
+        """Return an error's text: where, what shape, what is wrong, what to do."""
+        shape = f" {self.shape}" if self.shape else ""
+        return f"SpectralNorm on {self.label}{shape}: {problem.what}; {problem.remedy}."
+
+    @torch.no_grad()
+    def estimate(self) -> tuple[Tensor, Tensor]:
+        """Return converged u (b, k, m) and sv (b, k) of it, in the dtypes they are kept in.
+
+        What is taken over keeps its u.
+
+        Raises:
+            ValueError: if the tensor has NaN or inf.
+        """
+        assert self.view is not None
+        assert self.tensor is not None
+        tensor = self.tensor.detach()
+        stack = stack_of(tensor, self.view)
+        if not is_finite(stack):
+            problem = Problem("it has NaN or inf", "repair or re-initialise it first")
+            raise ValueError(self.message(problem))
+        count = min(self.settings.num_svs, self.available)
+        given = None if self.spectral is None else self.spectral.left_vector(self.view)
+        u, sv = completed(stack, given, None, count)
+        dtype = compute_dtype(tensor.dtype)
+        return u.to(dtype), sv.to(real_dtype(dtype))
+
+    def new_norm(self, estimate: tuple[Tensor, Tensor] | None = None) -> SpectralNorm:
+        """Return a SpectralNorm for it, from a converged estimate (computed here if not given).
+
+        With `init="random"` the estimate is only the check that the values are finite.
+        """
+        u, sv = self.estimate() if estimate is None else estimate
+        # Outside of inference mode, or training could not update the buffers later.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._new_norm(u.clone(), sv.clone())
+
+    def _new_norm(self, u: Tensor, sv: Tensor) -> SpectralNorm:
+        assert self.view is not None
+        assert self.tensor is not None
+        if self.settings.init == "random" and self.spectral is None:
+            u = orthonormal_rows(torch.randn_like(u))
+            sv = torch.ones_like(sv)
+        norm = SpectralNorm(self.view, self.settings, u, sv, self.label)
+        norm.start_parameters(self.tensor)
+        if self.spectral is not None and self.settings.gain is not None:
+            # The norm that the weight in use has had so far: 1, but for torch's estimate, and for
+            # matrices other than torch's.
+            norm.gain.data.div_(self.spectral.sigma())
+        return norm
+
+
+def weight_at(
+    path: Path,
+    tensor_name: str,
+    layout: Layout,
+    settings: Settings,
+    *,
+    obstacle: str | None = None,
+    take_over: bool = False,
+    label: str | None = None,
+) -> Weight:
+    """Return the weight at the end of a path. Its type, shape and dtype are looked at.
+
+    Args:
+        path: qualified names and modules from the root to the owner.
+        tensor_name: name of the tensor in its owner.
+        layout: where its rows are.
+        settings: the options.
+        obstacle: why the layer table says that it cannot be normalised, or None.
+        take_over: whether torch's spectral norm on it is to be taken over, and so no obstacle.
+        label: what to call it in errors; its qualified name, if not given.
+    """
+    owner = path[-1][1]
+    tensor = _tensor_at(owner, tensor_name)
+    norm = norm_on(owner, tensor_name)
+    spectral = spectral_on(owner, tensor_name)
+    view, problem = None, None
+    if norm is not None:
+        view, problem = norm.view, ALREADY
+    elif spectral is not None and not take_over:
+        problem = _under_spectral(spectral)
+    else:
+        problem = _problem(path, tensor_name, tensor, settings, obstacle)
+        if problem is None:
+            assert tensor is not None
+            try:
+                view = layout.view(tensor.shape, settings.blocks)
+            except ValueError as error:
+                problem = Problem(str(error), "choose blocks that divide the rows")
+            else:
+                problem = reading_problem(tensor, view)
+    label = label or f"'{_join(path[-1][0], tensor_name)}'"
+    return Weight(path, tensor_name, tensor, settings, layout, view, problem, norm, spectral, label)
+
+
+def weights_in(model: nn.Module, settings: Settings, take_over: bool = False) -> Iterator[Weight]:
+    """Every place in a model where a tensor of two or more dimensions is used, in its order.
+
+    With `take_over`, weights under torch's spectral norm are to be taken over.
+    """
+    listed: dict[int, Mapping[str, tuple[Layout, str | None]]] = {}
+    for path in _paths((("", model),), set()):
+        module = path[-1][1]
+        obstacle = obstacle_in(module)
+        listed[id(module)] = {n: (layout, obstacle) for n, layout in layouts_of(module).items()}
+        layouts = dict(listed[id(module)])
+        if len(path) > 1:  # what the module around it reads itself
+            inner = path[-1][0].rpartition(".")[2] + "."
+            for name, found in listed[id(path[-2][1])].items():
+                if name.startswith(inner):
+                    layouts[name.removeprefix(inner)] = found
+        if is_packed(module):
+            packed = Problem("quantised: its weight is packed", QUANTISE_LAST)
+            yield _unlisted(path, "weight", None, settings, packed)
+        if flattens(module) and not is_normalised(module):
+            flat = wrapper_problem([module], None, settings)
+            assert flat is not None
+            yield _unlisted(path, FLAT, module._parameters.get(FLAT), settings, flat)
+        for tensor_name, tensor in _tensors(module):
+            if not is_lazy(tensor) and tensor.ndim < 2:
+                continue
+            note = note_on(path, tensor_name)
+            layout, against = layouts.get(tensor_name, (None, None))
+            layout = note if isinstance(note, Layout) else layout
+            if isinstance(note, str):
+                problem = Problem(note, "leave it out")
+                yield _unlisted(path, tensor_name, tensor, settings, problem)
+            elif layout is None:
+                problem = _unknown(module, tensor_name, tensor)
+                yield _unlisted(path, tensor_name, tensor, settings, problem)
+            else:
+                yield weight_at(
+                    path, tensor_name, layout, settings, obstacle=against, take_over=take_over
+                )
+
+
+def _unlisted(
+    path: Path, tensor_name: str, tensor: Tensor | None, settings: Settings, problem: Problem
+) -> Weight:
+    """A tensor that the layer table does not read as matrices."""
+    label, norm = f"'{_join(path[-1][0], tensor_name)}'", norm_on(path[-1][1], tensor_name)
+    view = None if norm is None else norm.view
+    return Weight(path, tensor_name, tensor, settings, None, view, problem, norm, None, label)
+
+
+# What stands against normalising a tensor
+
+
+def _problem(
+    path: Path, tensor_name: str, tensor: Tensor | None, settings: Settings, obstacle: str | None
+) -> Problem | None:
+    owner = path[-1][1]
+    if parametrize.is_parametrized(owner, tensor_name) and not spectral_on(owner, tensor_name):
+        kinds = kind_on(owner, tensor_name)
+        return Problem(f"it is parametrized already, by {kinds}", "remove that parametrization")
+    if tensor is None:
+        return Problem(
+            "it is no parameter or buffer (a quantised module, or one with a weight hook)",
+            f"remove the hook, or {QUANTISE_LAST}",
+            TypeError,
+        )
+    if is_lazy(tensor):
+        return Problem("it is uninitialised (a lazy module)", "run one forward first")
+    wrapped = wrapper_problem((module for _, module in path), tensor, settings)
+    if wrapped is not None:
+        return wrapped
+    if obstacle is not None:
+        return Problem(obstacle, "change that, or leave this layer out")
+    return tensor_problem(tensor)
+
+
+def _under_spectral(spectral: Spectral) -> Problem:
+    kind = "torch's deprecated spectral_norm" if spectral.hook else "torch's spectral_norm"
+    return Problem(f"it is under {kind} already", "convert_model with replace=True takes that over")
+
+
+def _unknown(module: nn.Module, tensor_name: str, tensor: Tensor) -> Problem:
+    """Why the layer table does not read a tensor as matrices."""
+    hook = hook_behind(module, tensor_name)
+    if hook is not None:
+        return Problem(f"under {hook}", "remove that first")
+    if tensor_name.startswith("parametrizations."):
+        kinds = kind_on(module, tensor_name.split(".")[1])
+        return Problem(f"a part of {kinds}", "remove that parametrization")
+    if isinstance(module.__dict__.get("weight"), Tensor) and not layouts_of(module):
+        return Problem(
+            "its 'weight' is computed by a hook (weight_norm, or the old spectral_norm)",
+            "remove that hook",
+        )
+    kind = parametrize.type_before_parametrizations(module).__name__
+    row = layer_type(module)
+    if row is not None and row.weights:
+        return Problem(f"no weight of {kind} by the layer table", "leave it out")
+    if not is_lazy(tensor) and max(tensor.shape) == tensor.numel():
+        return Problem("a single vector, and no matrix", "leave it out")
+    return Problem(f"{kind} {UNKNOWN}", "add its type with register_layer_type")
+
+
+# Where tensors are
+
+
+def _tensor_at(owner: nn.Module, tensor_name: str) -> Tensor | None:
+    """A parameter or buffer of a module, the largest of those behind it where it is computed."""
+    tensor = dict(_tensors(owner)).get(tensor_name)
+    return owner._buffers.get(tensor_name) if tensor is None else tensor
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of a module by name, those that are parametrized included.
+
+    Of several that one tensor is computed from, the largest has the tensor's name.
+    """
+    computed = {f"{name}_orig": name for name in hooked(module)}
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield computed.get(name, name), parameter
+    if parametrize.is_parametrized(module):
+        for name, parametrizations in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            originals = dict(parametrizations.named_parameters(recurse=False))
+            largest = max(originals, key=lambda n: originals[n].numel(), default="")
+            for original, parameter in originals.items():
+                inside = f"parametrizations.{name}.{original}"
+                yield (name if original == largest else inside), parameter
+
+
+def _paths(path: Path, seen: set[int]) -> Iterator[Path]:
+    """The way to each different module at the end of a path or inside of it."""
+    name, module = path[-1]
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield path
+    for child_name, child in module.named_children():
+        if not (child_name == "parametrizations" and parametrize.is_parametrized(module)):
+            yield from _paths((*path, (_join(name, child_name), child)), seen)
+
+
+def _join(module_name: str, name: str) -> str:
+    return f"{module_name}.{name}" if module_name else name

@@ -1,0 +1,57 @@
+"""Wrappers that have a model's parameters in hand, and so come after the conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from snparam.layers.tensors import Problem
+from snparam.matrices.sharded import is_fully_sharded
+from snparam.parametrization.options import Settings
+
+FLAT = "_flat_param"
+
+
+def flattens(module: nn.Module) -> bool:
+    """Whether a module is a wrapper that makes one flat parameter of those inside (FSDP1).
+
+    torch's and fairscale's have the same name. It is asked for by name because torch may be built
+    without `torch.distributed`.
+    """
+    return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
+
+
+def wrapper_problem(
+    modules: Iterable[nn.Module], tensor: Tensor | None, settings: Settings
+) -> Problem | None:
+    """Return what a wrapper around a weight has against its conversion, or None.
+
+    Args:
+        modules: those from the root of the model to the weight's owner.
+        tensor: the weight.
+        settings: the options.
+    """
+    modules = list(modules)
+    for module in modules:
+        if flattens(module):
+            kind = type(module).__name__
+            what = f"{kind} has flattened the parameters inside of it"
+            return Problem(what, _convert_first(kind), refuses=True)
+    if tensor is not None and is_fully_sharded(tensor, modules):
+        what = "fully_shard has it in hand already"
+        return Problem(what, "convert_model first, then fully_shard", refuses=True)
+    if any(isinstance(module, DistributedDataParallel) for module in modules):
+        kind = "DistributedDataParallel"
+        if settings.gain == "learned":
+            what = f"{kind}, made before, would not reduce the gradient of its gain"
+            return Problem(what, _convert_first(kind), refuses=True)
+        if settings.init == "random":
+            what = f"{kind}, made before, would not broadcast its random start"
+            return Problem(what, _convert_first(kind), refuses=True)
+    return None
+
+
+def _convert_first(kind: str) -> str:
+    return f"convert_model first, then wrap it in {kind}"

@@ -1,0 +1,90 @@
+"""Which tensors can be read as matrices, and what to say of those that cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from snparam.matrices.sharded import is_sharded
+from snparam.matrices.stacks import compute_dtype
+from snparam.matrices.views import View
+
+_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+)
+
+QUANTISE_LAST = "convert, train and restore_model before quantising"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a tensor cannot be normalised, and what would help.
+
+    Attributes:
+        what: the reason, in words.
+        remedy: what to do.
+        error: what `register_sn` raises.
+        refuses: whether a conversion refuses instead of skipping the weight: calls were made in the
+            wrong order, and a network with this weight left out is not what was meant.
+    """
+
+    what: str
+    remedy: str
+    error: type[Exception] = ValueError
+    refuses: bool = False
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether a tensor has no shape yet."""
+    return nn.parameter.is_lazy(tensor)
+
+
+def tensor_problem(tensor: Tensor) -> Problem | None:
+    """Return why a tensor has no singular values, by its dtype, layout and shape, or None."""
+    if tensor.is_quantized:
+        return Problem("it is quantised", QUANTISE_LAST, TypeError)
+    if tensor.layout != torch.strided:
+        return Problem(f"its layout is {tensor.layout}", "make it dense", TypeError)
+    if tensor.dtype not in _DTYPES:
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        return Problem(f"its dtype is {tensor.dtype}", f"one of {kinds} is needed", TypeError)
+    if tensor.ndim < 2:
+        return Problem(
+            f"it has {tensor.ndim} dimension(s), and singular values belong to matrices",
+            "register on a tensor of two or more dimensions",
+        )
+    if tensor.numel() == 0:
+        return Problem("it has no entries", "leave this layer out")
+    if tensor.is_meta:
+        return Problem("it is on the meta device, without values", "load its values first")
+    return None
+
+
+def reading_problem(tensor: Tensor, view: View) -> Problem | None:
+    """Return why a tensor of somebody else's type cannot be computed with as a matrix, or None.
+
+    That is tried. Quantised tensors of other libraries raise what they like, and the products of
+    some types are tensors of their own kind, which cannot be kept in a state.
+    """
+    if type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor):
+        return None
+    kind = type(tensor).__name__
+    remedy = f"leave it out; of a network that is to be quantised, {QUANTISE_LAST}"
+    try:
+        stack = view.to_matrices(tensor.detach()).to(compute_dtype(tensor.dtype))
+        product = stack @ torch.ones(stack.shape[2], 1, dtype=stack.dtype, device=stack.device)
+        computed = (product, product.isfinite().all(), tensor.detach() / 2)
+    except Exception as error:  # noqa: BLE001 - whatever another library's tensor raises
+        said = str(error).strip().partition("\n")[0][:80]
+        what = f"a {kind} cannot be read as a matrix ({type(error).__name__}: {said})"
+        return Problem(what, remedy, TypeError)
+    if any(type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in computed):
+        return Problem(f"a {kind} computes in tensors of its own kind", remedy, TypeError)
+    return None

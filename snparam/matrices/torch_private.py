@@ -1,0 +1,471 @@
+"""The names that torch keeps to itself: each is used in this file only, and refused if it is gone.
+
+torch renames and changes them in any release. A function here that rests on one which is missing,
+or no longer what it was, raises a RuntimeError when it is called, with the name and torch's
+version, and never computes something else; importing snparam still works. `PRIVATE_NAMES` is the
+list, and `docs/versions.md` says which releases were tried.
+
+Two kinds of private names are used wherever they are needed, because torch keeps them for all the
+libraries around it, and a missing one raises by itself: a tensor's `_version`, and the tables that
+a module consists of, `MODULE_TABLES`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import CodeType, FrameType
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils import checkpoint
+
+MODULE_TABLES = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+)
+
+
+class PrivateName(NamedTuple):
+    """A name that is private to torch.
+
+    Attributes:
+        name: the name, from `torch` on.
+        purpose: what snparam does by it, as the end of "snparam ...".
+        without: what happens in a release of torch that lacks it.
+        user: the function of this file that rests on it, and refuses without it.
+    """
+
+    name: str
+    purpose: str
+    without: str
+    user: str
+
+
+PRIVATE_NAMES: list[PrivateName] = []
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Result = TypeVar("_Result")
+
+
+def _rests_on(
+    *names: str, purpose: str, without: str, unchanged: Callable[[], bool] = lambda: True
+) -> Callable[[_Function], _Function]:
+    """List private names, and let a function refuse if one of them is missing or has changed.
+
+    Args:
+        names: the names, from `torch` on; none of a module that `import torch` does not load.
+        purpose: as in `PrivateName`.
+        without: as in `PrivateName`.
+        unchanged: says, if all of them are there, whether they are what the function takes them
+            for.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        user = function.__name__
+        PRIVATE_NAMES.extend(PrivateName(name, purpose, without, user) for name in names)
+        missing = [name for name in names if not _exists(name)]
+        if not missing and unchanged():
+            return function
+        problem = f"has no {missing[0]}" if missing else f"has changed {' or '.join(names)}"
+
+        def refuse(*_: object, **__: object) -> NoReturn:
+            raise _refusal(problem, purpose, without)
+
+        return refuse  # type: ignore[return-value]
+
+    return decorate
+
+
+def _exists(name: str) -> bool:
+    try:
+        _value(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _value(name: str) -> Any:
+    value: Any = torch
+    for part in name.split(".")[1:]:
+        value = getattr(value, part)
+    return value
+
+
+def _refusal(problem: str, purpose: str, without: str) -> RuntimeError:
+    return RuntimeError(
+        f"torch {torch.__version__} {problem}, by which snparam {purpose}; {without}. Install a "
+        "release of torch that snparam's docs/versions.md lists, or a newer snparam"
+    )
+
+
+def _as_it_is(user: str, name: str, purpose: str, without: str) -> Any:
+    """Return a function of torch's: forwards ask these, and a call around each would cost more."""
+
+    def function(*_: object) -> None: ...
+
+    function.__name__ = user
+    found = _rests_on(name, purpose=purpose, without=without)(function)
+    return _value(name) if found is function else found
+
+
+def _given(name: str, purpose: str, without: str) -> Callable[[Callable[..., _Result]], Any]:
+    """List a private name of a module that `import torch` does not load, for a function.
+
+    It is looked for where the function is called, which gets it as its first argument.
+    """
+
+    def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
+        PRIVATE_NAMES.append(PrivateName(name, purpose, without, function.__name__))
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> _Result:
+            module, _, attribute = name.rpartition(".")
+            try:
+                value = getattr(importlib.import_module(module), attribute)
+            except (ImportError, AttributeError) as error:
+                raise _refusal(f"has no {name}", purpose, without) from error
+            return function(value, *arguments)
+
+        return call
+
+    return decorate
+
+
+# Who looks on: transforms, tracers, modes, forward-mode AD, backward passes.
+
+_NO_FORWARDS = "no forward of a normalised layer runs without it"
+_NO_MODES = "under a TorchDispatchMode no forward of a normalised layer runs without it"
+
+functorch_is_active: Callable[[], bool] = _as_it_is(
+    "functorch_is_active",
+    "torch._C._are_functorch_transforms_active",
+    "tells whether a transform of torch.func runs, in which a tensor may stand for many",
+    _NO_FORWARDS,
+)
+is_batch_of_gradients: Callable[[Tensor], bool] = _as_it_is(
+    "is_batch_of_gradients",
+    "torch._C._functorch.is_legacy_batchedtensor",
+    "tells a tensor that stands for many in torch.autograd.grad(..., is_grads_batched=True)",
+    _NO_FORWARDS,
+)
+tracing_state: Callable[[], object | None] = _as_it_is(
+    "tracing_state",
+    "torch._C._get_tracing_state",
+    "tells whether torch.jit.trace records, which takes a number that is read for a constant",
+    _NO_FORWARDS,
+)
+dispatch_mode_count: Callable[[], int] = _as_it_is(
+    "dispatch_mode_count",
+    "torch._C._len_torch_dispatch_stack",
+    "tells whether a TorchDispatchMode looks on",
+    _NO_FORWARDS,
+)
+function_mode_count: Callable[[], int] = _as_it_is(
+    "function_mode_count",
+    "torch._C._len_torch_function_stack",
+    "tells whether a TorchFunctionMode looks on",
+    _NO_FORWARDS,
+)
+# A number that is another in each backward pass, and -1 outside of them.
+backward_pass: Callable[[], int] = _as_it_is(
+    "backward_pass",
+    "torch._C._current_graph_task_id",
+    "tells a forward that a backward pass recomputes, which moves no state, from one of its own",
+    _NO_FORWARDS,
+)
+dispatch_modes: Callable[[], list[Any]] = _as_it_is(
+    "dispatch_modes",
+    "torch.utils._python_dispatch._get_current_dispatch_mode_stack",
+    "tells which modes look on",
+    _NO_MODES,
+)
+without_dispatch_modes: Callable[[], AbstractContextManager[Any]] = _as_it_is(
+    "without_dispatch_modes",
+    "torch.utils._python_dispatch._disable_current_modes",
+    "hides the power iteration from selective checkpointing, which would replay the products of a "
+    "longer one",
+    "no region under selective checkpointing runs without it",
+)
+
+
+@_rests_on(
+    "torch.utils._python_dispatch.TorchDispatchMode.is_infra_mode",
+    purpose="tells a mode that traces or fakes operations from one that only watches them",
+    without=_NO_MODES,
+)
+def is_tracing(mode: Any) -> bool:
+    """Return whether a mode is one by which torch traces or fakes operations."""
+    return bool(mode.is_infra_mode())
+
+
+@_rests_on(
+    "torch.utils.checkpoint._CachingTorchDispatchMode",
+    "torch.utils.checkpoint._CachedTorchDispatchMode",
+    purpose="recognises selective checkpointing, which saves some operations and replays them",
+    without=_NO_MODES,
+)
+def is_selective(mode: Any) -> bool:
+    """Return whether a mode is one by which selective checkpointing saves or replays operations."""
+    modes = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+    return isinstance(mode, modes)
+
+
+@_rests_on(
+    "torch.autograd.forward_ad._current_level",
+    purpose="tells whether forward-mode AD runs, for which custom backward formulas are not enough",
+    without=_NO_FORWARDS,
+)
+def forward_ad_is_active() -> bool:
+    """Return whether forward-mode AD runs."""
+    return forward_ad._current_level >= 0
+
+
+@_rests_on(
+    "torch._foreach_copy_",
+    purpose="stores the states of many small weights by one launch on an accelerator",
+    without="no optimizer moves the states with update='step' without it",
+)
+def copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy tensors, each into another of its shape, in place."""
+    torch._foreach_copy_(targets, sources)
+
+
+# Modules and parametrizations.
+
+
+@_rests_on(
+    "torch.nn.utils.parametrize._cache_enabled",
+    purpose="tells whether parametrize.cached() is on, which expects each weight to be made",
+    without=_NO_FORWARDS,
+)
+def parametrizations_are_cached() -> bool:
+    """Return whether `torch.nn.utils.parametrize.cached()` is on."""
+    return bool(parametrize._cache_enabled)
+
+
+@_rests_on(
+    "torch.nn.utils.parametrize._register_parameter_or_buffer",
+    purpose="lets the original of a weight stay the object that it was",
+    without="no weight is registered without it",
+)
+def register_original(parametrization_list: nn.Module, original: Tensor) -> None:
+    """Make a tensor the original of a parametrization list: a Parameter, or else a buffer."""
+    parametrize._register_parameter_or_buffer(parametrization_list, "original", original)
+
+
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@_rests_on(
+    *(f"torch.nn.modules.module._global{table}" for table in _CALL_HOOKS),
+    purpose="tells whether hooks look at the calls of all modules",
+    without=_NO_FORWARDS,
+)
+def has_global_hooks() -> bool:
+    """Return whether there are hooks for the calls of all modules, or for their gradients."""
+    return any(getattr(nn_module, f"_global{table}") for table in _CALL_HOOKS)
+
+
+def has_call_hooks(module: nn.Module) -> bool:
+    """Return whether a module has hooks for its calls, or for their gradients."""
+    return any(getattr(module, table) for table in _CALL_HOOKS)
+
+
+@_rests_on(
+    "torch.nn.utils.parametrizations._SpectralNorm",
+    purpose="recognises torch's own spectral norm, to take its place and its vectors over",
+    without="no parametrized weight is planned or converted without it",
+)
+def is_torch_spectral_norm(parametrization: nn.Module) -> bool:
+    """Return whether a parametrization is torch's own spectral norm."""
+    return isinstance(parametrization, parametrizations._SpectralNorm)
+
+
+def _recurrent_layers_compute_with_a_list() -> bool:
+    forwards = (nn.RNN.forward, nn.LSTM.forward, nn.GRU.forward)
+    return all("_flat_weights" in inspect.unwrap(f).__code__.co_names for f in forwards)
+
+
+@_rests_on(
+    "torch.nn.RNNBase._init_flat_weights",
+    purpose="gives recurrent layers their normalised weights, by the list that they compute with",
+    without="no weight of a recurrent layer is registered without it",
+    unchanged=_recurrent_layers_compute_with_a_list,
+)
+def check_recurrent_layers() -> None:
+    """Refuse if torch's recurrent layers no longer compute with the list `_flat_weights`."""
+
+
+# Activation checkpointing, and compilation.
+
+
+_NO_REGIONS = "no normalised layer runs in a checkpointed region or a backward pass without it"
+
+
+@_rests_on(
+    "torch._C._autograd._top_saved_tensors_default_hooks",
+    purpose="tells a checkpointed region, in which autograd saves tensors by hooks of its own",
+    without=_NO_FORWARDS,
+)
+def innermost_saved_tensors_hook() -> Any:
+    """Return the function that autograd packs saved tensors by now, or None."""
+    pair: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if pair is None else pair[0]
+
+
+@_rests_on(
+    "torch._C._autograd._pop_saved_tensors_default_hooks",
+    "torch._C._autograd._push_saved_tensors_default_hooks",
+    purpose="finds the checkpointed regions around the innermost",
+    without=_NO_REGIONS,
+)
+def saved_tensors_hooks() -> list[Any]:
+    """Return all functions that autograd would pack saved tensors by now, innermost first."""
+    graph: Any = torch._C._autograd
+    pairs: list[Any] = []
+    while (pair := graph._top_saved_tensors_default_hooks(True)) is not None:
+        pairs.append(pair)
+        graph._pop_saved_tensors_default_hooks()
+    for pair in reversed(pairs):
+        graph._push_saved_tensors_default_hooks(*pair)
+    return [pack for pack, _ in pairs]
+
+
+def _closes_over(hook: Any, function: str, variable: str) -> bool:
+    """Return whether a function within a hook's `__init__` has a variable from outside itself."""
+    inner = [code for code in hook.__init__.__code__.co_consts if isinstance(code, CodeType)]
+    return any(code.co_name == function and variable in code.co_freevars for code in inner)
+
+
+def _hooks_keep_runs() -> bool:
+    begun, repeated = checkpoint._checkpoint_hook, checkpoint._recomputation_hook
+    return (
+        _closes_over(begun, "pack_hook", "frame")
+        and _closes_over(begun, "unpack_hook", "frame")
+        and _closes_over(repeated, "pack_hook", "target_frame_ref")
+    )
+
+
+_FINDS_RUNS = (
+    "finds the object that checkpointing keeps for each run of a region, to which belongs what the "
+    "run has used"
+)
+
+
+@_rests_on(
+    "torch.utils.checkpoint._checkpoint_hook",
+    "torch.utils.checkpoint._recomputation_hook",
+    purpose=_FINDS_RUNS,
+    without=_NO_REGIONS,
+    unchanged=_hooks_keep_runs,
+)
+def checkpointed_runs() -> Iterator[tuple[Any, bool]]:
+    """Give the runs of checkpointed regions that are not reentrant, innermost first.
+
+    Such a region puts hooks on the tensors that autograd saves, in its forward and in its
+    recomputation, however it was begun: by a call, a decorator or a module's hooks.
+
+    Yields:
+        the object that checkpointing keeps for the run, and whether the run is being recomputed.
+
+    Raises:
+        RuntimeError: if checkpointing has put a hook there that says nothing of a run.
+    """
+    for hook in saved_tensors_hooks():
+        pack = inspect.unwrap(hook)
+        if getattr(pack, "__module__", None) != checkpoint.__name__:
+            continue
+        cells = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
+        if "frame" in cells:
+            yield cells["frame"].cell_contents, False
+        elif "target_frame_ref" in cells:
+            yield cells["target_frame_ref"].cell_contents(), True
+        else:
+            problem = f"has changed {checkpoint.__name__}.{pack.__qualname__}"
+            raise _refusal(problem, _FINDS_RUNS, _NO_REGIONS)
+
+
+def begins_recomputation(frame: FrameType, run: object) -> bool:
+    """Return whether a frame is that of the hook by which a backward pass recomputes a run."""
+    return frame.f_code.co_name == "unpack_hook" and frame.f_locals.get("frame") is run
+
+
+def _is_reentrant_function() -> bool:
+    function = checkpoint.CheckpointFunction
+    forward, backward = function.forward.__code__, function.backward.__code__
+    return all("run_function" in code.co_names and code.co_varnames[0] == "ctx"
+               for code in (forward, backward))  # fmt: skip
+
+
+@_rests_on(
+    "torch.utils.checkpoint.CheckpointFunction",
+    purpose=_FINDS_RUNS,
+    without=_NO_REGIONS,
+    unchanged=_is_reentrant_function,
+)
+def reentrant_run(frame: FrameType) -> tuple[Any, bool] | None:
+    """Return the run of a reentrant region that a frame is the forward or the backward of, or None.
+
+    It is recognised by what it has rather than by its class, as other libraries have the like of
+    their own.
+
+    Returns:
+        the object that checkpointing keeps for the run, and whether the run is being recomputed.
+    """
+    name = frame.f_code.co_name
+    if name not in ("forward", "backward") or "ctx" not in frame.f_code.co_varnames:
+        return None
+    context = frame.f_locals.get("ctx")
+    return (context, name == "backward") if hasattr(context, "run_function") else None
+
+
+@_given(
+    "torch._dynamo.variables.higher_order_ops.CheckpointHigherOrderVariable",
+    "tells a checkpointed region that is compiled, whose recomputation repeats all that is in it",
+    "no network with such a region is compiled without it",
+)
+def compiles_region(kind: type, frame: FrameType) -> bool:
+    """Return whether a frame of the compiler's compiles a checkpointed region."""
+    return isinstance(frame.f_locals.get("self"), kind)
+
+
+def constant_while_compiling(function: _Function) -> _Function:
+    """Let a compiler call a function while it compiles, and take what it returns for a constant.
+
+    This is what `torch.compiler.assume_constant_result` does, which would import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# Sharded tensors.
+
+
+@_given(
+    "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
+    "tells which part of a sharded weight lies on a rank",
+    "no sharded weight is normalised without it",
+)
+def local_shape_and_offset(
+    function: Any, shape: tuple[int, ...], mesh: Any, placements: Any
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shape of this rank's shard of a tensor, and where in the tensor it begins."""
+    local, offset = function(torch.Size(shape), mesh, placements)
+    return tuple(local), tuple(offset)

@@ -1,0 +1,363 @@
+"""σ at the linear map: y = (x ⋆ W) · γ/d + b, without making the weight in use.
+
+The value is that of the layer with W · γ/d as its weight, and so are all derivatives. In training,
+for torch's own Linear and Conv1d to Conv3d, it saves a pass over the weight in the forward and two
+in the backward, which owns the gradient that it has made and takes d's part from it in place. Saved
+are x, W, and copies of u, v and σ; neither y nor a scaled copy of anything, so that an activation
+that works in place may follow. Nothing else depends on this file: without it every number is the
+same, up to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snparam.constraints.constraint import Division
+from snparam.constraints.division import Divisor, divide, is_autocast_on, rank_one_update
+from snparam.matrices import torch_private
+from snparam.matrices.orthonormalisation import is_batched
+from snparam.parametrization.spectral_norm import Reading, SpectralNorm
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FORWARDS = {kind.forward for kind in (nn.Linear, *_CONVOLUTIONS)}
+_CONV_FORWARDS = {kind._conv_forward for kind in _CONVOLUTIONS}
+
+
+def is_linear_map(owner: nn.Module, base: type[nn.Module]) -> bool:
+    """Return whether a module computes x ⋆ W + b and nothing else, W one matrix under a division.
+
+    Args:
+        owner: a module with normalised weights.
+        base: its class, without what torch's parametrize has put in front.
+    """
+    parts: Any = owner._modules["parametrizations"]
+    lists = parts._modules.get("weight")
+    return (
+        base.forward in _FORWARDS
+        and (base.forward is nn.Linear.forward or base._conv_forward in _CONV_FORWARDS)  # type: ignore[attr-defined]
+        and getattr(owner, "padding_mode", "zeros") == "zeros"
+        and not isinstance(getattr(owner, "padding", None), str)
+        and len(parts._modules) == 1
+        and lists is not None
+        and list(lists._modules) == ["0"]
+        and type(norm := lists._modules["0"]) is SpectralNorm
+        and norm.view.matrices[0] == 1
+        and isinstance(norm._constraint, Division)
+    )
+
+
+def may_be_used(owner: nn.Module, norm: SpectralNorm, x: object) -> bool:
+    """Return whether a forward of a linear map now may put σ at the map.
+
+    Only where nobody could tell: where plain tensors with gradients are computed, with no tracer,
+    transform, mode, autocast or cache on, and no hook that expects to see the weight.
+    """
+    lists: Any = owner._modules["parametrizations"]._modules["weight"]  # type: ignore[union-attr]
+    weight, bias = lists._parameters.get("original"), owner._parameters.get("bias")
+    return (
+        norm.training
+        and norm._shared is None
+        and torch.is_grad_enabled()
+        and torch_private.tracing_state() is None  # first: it would warn of the rest
+        and type(x) is Tensor
+        and type(weight) is nn.Parameter
+        and (bias is None or (type(bias) is nn.Parameter and bias.dtype == weight.dtype))
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and x.device == weight.device
+        and x.numel() > 0
+        and x.layout == torch.strided
+        and (type(owner).__bases__[0] is nn.Linear or x.ndim == weight.ndim)
+        and "forward" not in owner.__dict__
+        and not torch_private.parametrizations_are_cached()
+        and not any(map(torch_private.has_call_hooks, (lists, norm)))
+        and not torch_private.has_global_hooks()
+        and not is_autocast_on(x)
+        and not torch_private.dispatch_mode_count()
+        and not torch_private.function_mode_count()
+        and not torch_private.functorch_is_active()
+        and not torch_private.forward_ad_is_active()
+    )
+
+
+def linear_map(owner: nn.Module, norm: SpectralNorm, x: Tensor, reading: Reading) -> Tensor:
+    """Return the module's output, by what the reading's estimate divides by."""
+    lists: Any = owner._modules["parametrizations"]._modules["weight"]  # type: ignore[union-attr]
+    weight, bias, estimate = lists.original, owner._parameters["bias"], reading.estimate
+    assert estimate is not None
+    constraint: Any = norm._constraint
+    divisor = constraint.divisor(estimate.sigma, norm.parameters_of_constraint, norm.settings)
+    out: Tensor = _LinearMap.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, divisor.numerator, divisor, estimate.u[0, 0], estimate.v[0, 0],
+        norm.view, _geometry(owner),
+    )  # fmt: skip
+    return out
+
+
+def _geometry(owner: nn.Module) -> tuple[Any, ...] | None:
+    """Return stride, padding, dilation and groups of a convolution; None for a Linear."""
+    if isinstance(owner, nn.Linear):
+        return None
+    return owner.stride, owner.padding, owner.dilation, owner.groups
+
+
+class _LinearMap(torch.autograd.Function):
+    """The map of one layer. `setup_context` is left out for the reason that `division` gives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        numerator: Tensor | None,
+        divisor: Divisor,
+        u: Tensor,
+        v: Tensor,
+        view: Any,
+        geometry: tuple[Any, ...] | None,
+    ) -> Tensor:
+        slope = divisor.slope if isinstance(divisor.slope, Tensor) else None
+        ctx.slope, ctx.view, ctx.geometry = divisor.slope, view, geometry
+        if slope is not None:
+            ctx.slope = None
+        ctx.save_for_backward(x, weight, bias, numerator, divisor.value, slope, u, v)
+        scale = _scale(divisor)
+        if _needs_the_weight(scale, weight):
+            used = divide(weight, divisor, u[None], v[None], view, plain=True)
+            return _mapped(x, used, bias, geometry)
+        if geometry is not None:
+            return _convolved(x, weight, bias, scale, geometry)
+        out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        _product(x.reshape(-1, x.shape[-1]), weight.t(), scale, out.view(-1, len(weight)), bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, numerator, value, slope, u, v = ctx.saved_tensors
+        divisor = Divisor(value, ctx.slope if slope is None else slope, numerator)
+        needed = ctx.needs_input_grad[:4]
+        if (
+            torch.is_grad_enabled()
+            or is_batched(grad)
+            or _needs_the_weight(_scale(divisor), weight)
+        ):
+            inputs = (x, weight, bias, numerator)
+            found = _ordinary_gradients(inputs, divisor, u, v, ctx.view, ctx.geometry, needed, grad)
+        else:
+            found = _gradients(x, weight, divisor, u, v, ctx.view, ctx.geometry, needed, grad)
+        return (*found, None, None, None, None, None)
+
+
+def _scale(divisor: Divisor) -> Tensor:
+    """Return γ/d, ()."""
+    if divisor.numerator is None:
+        return 1.0 / divisor.value
+    return divisor.numerator.detach().reshape(()) / divisor.value
+
+
+def _gradients(
+    x: Tensor,
+    weight: Tensor,
+    divisor: Divisor,
+    u: Tensor,
+    v: Tensor,
+    view: Any,
+    geometry: tuple[Any, ...] | None,
+    needed: Sequence[bool],
+    grad: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients for x, W, b and γ.
+
+    With G the gradient for the weight in use, s = γ/d, they are s (g ⋆ W), s (G − slope · ⟨G, W⟩/d
+    · u vᵀ), the sum of g, and ⟨G, W⟩/d. ⟨s G, W⟩ is also ⟨s (g ⋆ W), x⟩: the smaller is taken.
+    """
+    scale = _scale(divisor)
+    into_x = into_weight = into_bias = into_numerator = None
+    needs_map = needed[1] or needed[3]
+    # A number on a CPU is no pass more in a rank-one update; γ's gradient is not scaled by γ.
+    scaled = not needed[3]
+    if geometry is None:
+        g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        if needed[0]:
+            into_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+            _product(g, weight, scale, into_x.view(rows.shape))
+        if needs_map:
+            into_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            factor = scale if scaled else torch.ones_like(scale)
+            _product(g.t(), rows, factor, into_weight)
+        if needed[2]:
+            into_bias = g.sum(0)
+    else:
+        into_x, into_weight, scaled = _convolution_gradients(
+            x, weight, scale, geometry, (needed[0], needs_map), grad, scaled
+        )
+        if needed[2]:
+            into_bias = grad.sum([0, *range(2, grad.ndim)])
+    if into_weight is not None:
+        at_x = scaled and into_x is not None and into_x.numel() < weight.numel()
+        inner = _inner(into_x, x) if at_x else _inner(into_weight, weight)  # type: ignore[arg-type]
+        along = inner / divisor.value  # ⟨s G, W⟩/d if scaled, else ⟨G, W⟩/d
+        if scaled:
+            into_weight = _less(into_weight, weight, u, v, None, along * divisor.slope, view)
+        else:
+            into_numerator = along.reshape(-1)
+            rate = along * scale * divisor.slope
+            into_weight = _less(into_weight, weight, u, v, scale, rate, view)
+    if divisor.numerator is not None and into_numerator is not None:
+        into_numerator = into_numerator.to(divisor.numerator.dtype)
+    return (
+        into_x,
+        into_weight if needed[1] else None,
+        into_bias,
+        into_numerator if needed[3] else None,
+    )
+
+
+def _less(
+    g: Tensor, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor | None, rate: Tensor, view: Any
+) -> Tensor:
+    """Return scale · G − rate · u vᵀ, in G where that lies as the weight does."""
+    matrix = view.to_matrix(g, like=weight)
+    if rate.is_cpu:
+        factor = 1.0 if scale is None else scale.item()
+        if matrix.data_ptr() == g.data_ptr():
+            matrix.addr_(u, v, beta=factor, alpha=-rate.item())
+            return g
+        combined = rank_one_update(matrix[None], u[None], v[None], factor, rate.item())
+    else:
+        if scale is not None:
+            matrix = matrix.mul_(scale)
+        combined = rank_one_update(matrix[None], u[None], v[None], None, rate)
+    found: Tensor = view.from_matrices(combined, like=weight)
+    return found
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return ⟨A, B⟩, entries paired by their places."""
+    if a.stride() != b.stride():
+        a, b = a.contiguous(), b.contiguous()
+    if not a.is_contiguous():
+        order = sorted(range(a.ndim), key=a.stride, reverse=True)
+        a, b = a.permute(order), b.permute(order)
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def _product(a: Tensor, b: Tensor, scale: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """Write scale · A B + b to `out`.
+
+    On a CPU the scale is the product's own; elsewhere it multiplies the smallest of the three.
+    """
+    if scale.is_cpu:
+        start, alpha = (out if bias is None else bias), scale.item()
+        torch.addmm(start, a, b, beta=bias is not None, alpha=alpha, out=out)
+        return
+    smallest = min(a.numel(), b.numel(), out.numel())
+    if smallest == out.numel():
+        torch.mm(a, b, out=out)
+        out.mul_(scale)
+        if bias is not None:
+            out.add_(bias)
+        return
+    a, b = (a * scale, b) if smallest == a.numel() else (a, b * scale)
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
+def _needs_the_weight(scale: Tensor, weight: Tensor) -> bool:
+    """Return whether γ/d is so far from 1 that x ⋆ W, or x · γ/d, may leave what the dtype holds.
+
+    W · γ/d does not. On an accelerator, where reading a number would wait, nobody asks.
+    """
+    if not scale.is_cpu:
+        return False
+    info = torch.finfo(weight.dtype)
+    return not info.tiny**0.75 <= abs(scale.item()) <= info.max
+
+
+def _mapped(
+    x: Tensor, used: Tensor, bias: Tensor | None, geometry: tuple[Any, ...] | None
+) -> Tensor:
+    """Return the plain layer's output with a weight in use."""
+    if geometry is None:
+        # Of one vector torch's own is a view, which no Function may return unchanged.
+        return F.linear(x.reshape(-1, x.shape[-1]), used, bias).reshape(*x.shape[:-1], len(used))
+    convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
+    return convolve(x, used, bias, *geometry)  # type: ignore[no-any-return]
+
+
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, geometry: tuple[Any, ...]
+) -> Tensor:
+    """Return scale · (x ⋆ W) + b, the scale at the smallest of the three."""
+    stride, padding, dilation, groups = geometry
+    convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
+    outputs = x.shape[0] * weight.shape[0] * math.prod(
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    )  # fmt: skip
+    smallest = min(x.numel(), weight.numel(), outputs)
+    if smallest == weight.numel():
+        return convolve(x, weight * scale, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+    if smallest == x.numel():
+        return convolve(x * scale, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+    out: Tensor = convolve(x, weight, None, stride, padding, dilation, groups)
+    out.mul_(scale)
+    return out if bias is None else out.add_(bias.view(-1, *[1] * (x.ndim - 2)))
+
+
+def _convolution_gradients(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    geometry: tuple[Any, ...],
+    needed: tuple[bool, bool],
+    grad: Tensor,
+    scaled: bool,
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Return the gradients for x, scaled, and W, and whether the latter is scaled.
+
+    The scale is at g where that is no larger than x, as both gradients are then scaled at once.
+    """
+    stride, padding, dilation, groups = geometry
+    at_grad = needed[0] and scaled and grad.numel() <= x.numel()
+    into_x, into_weight, _ = torch.ops.aten.convolution_backward(
+        grad * scale if at_grad else grad, x, weight, None, stride, padding, dilation, False,
+        [0] * (x.ndim - 2), groups, [*needed, False],
+    )  # fmt: skip
+    if into_x is not None and not at_grad:
+        into_x.mul_(scale)
+    return into_x, into_weight, at_grad
+
+
+def _ordinary_gradients(
+    inputs: tuple[Tensor | None, ...],
+    divisor: Divisor,
+    u: Tensor,
+    v: Tensor,
+    view: Any,
+    geometry: tuple[Any, ...] | None,
+    needed: Sequence[bool],
+    grad: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the ordinary layer, in operations that can be differentiated."""
+    differentiable = torch.is_grad_enabled()
+    x, weight, bias, numerator = inputs
+    assert x is not None and weight is not None  # noqa: PT018
+    divisor = divisor._replace(numerator=numerator)
+    with torch.enable_grad():
+        used = divide(weight, divisor, u[None], v[None], view, plain=True)
+        out = _mapped(x, used, bias, geometry)
+    asked: Any = [one for one, need in zip(inputs, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(out, asked, grad, create_graph=differentiable))
+    return tuple(next(found) if need else None for need in needed)

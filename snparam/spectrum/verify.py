@@ -1,0 +1,141 @@
+"""How far the norms of the weights in use are from what they are to be, by exact computation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from snparam.conversion.arguments import check_model
+from snparam.conversion.tables import aligned
+from snparam.estimators import convergence
+from snparam.matrices.sharded import ShardedStack
+from snparam.matrices.stacks import is_finite, stack_of
+from snparam.parametrization.attachment import read_as_eval
+from snparam.parametrization.find import normalised_weights
+
+
+@dataclass(frozen=True)
+class VerificationRow:
+    """The check of one weight; of several blocks, the one that drifts most.
+
+    Attributes:
+        name: qualified name of the module.
+        tensor: name of the tensor in it. `weight`, of both, is the qualified name of the weight.
+        shape: shape of the weight.
+        matrices: (b, m, n), how it is read.
+        estimate: σ̂ of the original, as eval mode estimates it.
+        exact: σ, in float64, of the weight that eval mode uses.
+        intended: what it is to be: 1 or, by the constraint, c, min(σ, c) or |γ|; 0 for a zero
+            matrix, which stays zero.
+        drift: |exact / intended − 1|.
+    """
+
+    name: str
+    tensor: str
+    shape: tuple[int, ...]
+    matrices: tuple[int, int, int]
+    estimate: float
+    exact: float
+    intended: float
+    drift: float
+
+    @property
+    def weight(self) -> str:
+        """Qualified name of the weight."""
+        return f"{self.name}.{self.tensor}" if self.name else self.tensor
+
+
+class Verification(list[VerificationRow]):
+    """One row per weight; `print` shows an aligned table."""
+
+    @property
+    def worst(self) -> float:
+        """The largest drift."""
+        return max(row.drift for row in self)
+
+    def __str__(self) -> str:
+        """An aligned table."""
+        rows = [
+            [
+                row.weight,
+                " x ".join(map(str, row.shape)),
+                f"{row.estimate:.6g}",
+                f"{row.exact:.6f}",
+                f"{row.intended:g}",
+                f"{row.drift:.1e}",
+            ]
+            for row in self
+        ]
+        return aligned(["weight", "shape", "estimated σ", "σ in use", "intended", "drift"], rows)
+
+    __repr__ = __str__
+
+
+@torch.no_grad()
+def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
+    """Measure, per weight, how far the norm of the weight in use is from what it is to be.
+
+    That is 1; with other constraints c, min(σ, c) or |γ|.
+
+    The weight in use is the one that eval mode uses, whatever mode the model is in; its norm is
+    computed exactly (a full decomposition in float64). No state moves. A network that
+    drifts, and is done training, is brought up to date by `refresh(model)`.
+
+    Args:
+        model: a network with SpectralNorm on some weights.
+        tolerance: largest relative drift to accept; None (the default) accepts any.
+
+    Raises:
+        RuntimeError: with the rows at fault, if a drift exceeds the tolerance or is NaN.
+        ValueError: if the model has no weight under SpectralNorm.
+        TypeError: if it is no module.
+    """
+    check_model(model, "verify")
+    rows = Verification()
+    for found in normalised_weights(model):
+        norm = found.norm
+        used = stack_of(read_as_eval(found.owner, found.tensor_name), norm.view, torch.float64)
+        original = stack_of(found.original, norm.view, torch.float64)
+        exact = _sigma_or_nan(used)
+        intended = norm.promised_norm(_sigma_or_nan(original))
+        estimate = norm.sigma_of(found.original)
+        drift = torch.where(exact == intended, 0.0, (exact / intended - 1).abs())
+        drift = torch.where(drift.isnan(), torch.inf, drift)
+        at = int(drift.argmax())
+        rows.append(
+            VerificationRow(
+                name=found.module_name,
+                tensor=found.tensor_name,
+                shape=norm.view.shape,
+                matrices=norm.view.matrices,
+                estimate=float(estimate[at]),
+                exact=float(exact[at]),
+                intended=float(intended[at]),
+                drift=float(drift[at]),
+            )
+        )
+    if not rows:
+        raise ValueError(
+            f"verify: {type(model).__name__} has no weight under SpectralNorm; convert_model first"
+        )
+    if tolerance is not None:
+        _check_drift(rows, tolerance)
+    return rows
+
+
+def _check_drift(rows: Verification, tolerance: float) -> None:
+    offending = Verification(row for row in rows if not row.drift <= tolerance)
+    if offending:
+        raise RuntimeError(
+            f"{len(offending)} of {len(rows)} weights drift by more than {tolerance:g}; "
+            "while it trains, more num_itrs or a smaller learning rate keeps the estimate closer; "
+            f"once it is trained, refresh(model) converges it:\n{offending}"
+        )
+
+
+def _sigma_or_nan(stack: Tensor | ShardedStack) -> Tensor:
+    if is_finite(stack):
+        return convergence.exact_sigma(stack)
+    return torch.full((stack.shape[0],), torch.nan, dtype=torch.float64)

@@ -1,0 +1,92 @@
+"""diffusers' `EMAModel.save_pretrained`, which would write originals as if they were the weights.
+
+It makes an ordinary model, copies the averages of a network's Parameters into it by position, and
+saves that. For a converted network they are averages of originals, in another order: what is
+written is wrong and, where all tensors happen to fit, wrong in silence. Neither the average nor the
+ordinary model knows the network; but that model is of the network's class, and is configured and
+saved by methods of that class, which find the average on the stack of calls. diffusers is not
+imported; the names of those methods and of the average's list of tensors are all that is looked
+for.
+
+What is global: the converted networks that are still alive, because an average has no reference to
+the network whose Parameters it averages.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor, nn
+
+from snparam.parametrization.classes import definitions, wrap
+from snparam.parametrization.extensions import System, register_system
+from snparam.parametrization.find import is_normalised
+from snparam.parametrization.frames import outward
+
+_SAVE = "save_pretrained"
+# The ordinary model's methods that the average calls, before it copies and after.
+_CALLED = ("register_to_config", _SAVE)
+_AVERAGES = "shadow_params"
+
+_converted: WeakSet[nn.Module] = WeakSet()
+
+
+def refuse_averages(model: nn.Module) -> None:
+    """Let models of a converted model's class refuse to be filled by an average of such a model."""
+    defined = [(cls, name) for name in _CALLED for cls in definitions(type(model), name)]
+    if {name for _, name in defined} == set(_CALLED) and is_normalised(model):
+        _converted.add(model)
+        for cls, name in defined:
+            wrap(cls, name, _unless_average)
+
+
+def _unless_average(method: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    averages = _averages_being_saved(type(model))
+    # Models are configured a first time before they are made.
+    is_ordinary = "_modules" in vars(model) and not is_normalised(model)
+    if averages is not None and is_ordinary and _is_of_converted(averages, type(model)):
+        kind = type(model).__name__
+        raise RuntimeError(
+            f"EMAModel.{_SAVE} of a converted {kind} would write averages of original weights as "
+            f"the weights of an ordinary {kind}; put them into a copy of the converted network, "
+            "and save that: average = copy.deepcopy(model); ema.copy_to(average.parameters()); "
+            f"average.{_SAVE}(path). To go on averaging later, save and load ema.state_dict()."
+        )
+    return method(model, *args, **kwargs)
+
+
+def _averages_being_saved(kind: type) -> list[Tensor] | None:
+    """The averages of Parameters that are being saved as a model of some class, if any are."""
+    for frame in outward(sys._getframe(1)):
+        if frame.f_code.co_name == _SAVE:
+            saver = frame.f_locals.get("self")
+            averages = getattr(saver, "__dict__", {}).get(_AVERAGES)
+            if averages is not None and getattr(saver, "model_cls", None) is kind:
+                return list(averages)
+    return None
+
+
+def _is_of_converted(averages: list[Tensor], kind: type) -> bool:
+    """Whether the averages can be those of a converted network of some class."""
+    shapes = [tuple(average.shape) for average in averages]
+    return any(
+        shapes == [tuple(parameter.shape) for parameter in network.parameters()]
+        for network in _converted
+        if type(network) is kind and is_normalised(network)
+    )
+
+
+class _DiffusersEMA(System):
+    def on_model(self, model: nn.Module) -> None:
+        for module in model.modules():
+            refuse_averages(module)
+
+    def on_restore(self, model: nn.Module) -> None:
+        for module in model.modules():
+            _converted.discard(module)
+
+
+register_system(_DiffusersEMA())

@@ -1,0 +1,201 @@
+"""Models that put other Parameters in the place of their weights, by tying and by resizing them.
+
+transformers ties by `setattr(module, "weight", other.get_parameter("weight"))`, and resizes an
+embedding and its head by writing to `weight.data` and by making a new head. On a converted model
+there is no Parameter of that name: assigning to one would copy values, and writing to one would be
+lost. Both methods therefore run on the ordinary modules. What shares a Parameter afterwards shares
+one state; what has another shape gets a state of that shape, with the options that it had. Neither
+transformers nor any other library is imported; the names of the methods are all that is looked for.
+
+The classes that define them do that, once a model of theirs was converted; for models without
+normalised weights they do what they did.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snparam.matrices.views import View
+from snparam.parametrization.attachment import attach, detach, read_as_eval
+from snparam.parametrization.baking import check_alone
+from snparam.parametrization.classes import definitions, wrap
+from snparam.parametrization.extensions import System, register_system
+from snparam.parametrization.find import (
+    NormalisedWeight,
+    is_normalised,
+    norm_on,
+    normalised_weights,
+)
+from snparam.parametrization.spectral_norm import SpectralNorm
+
+_TIE = "tie_weights"
+_RESIZE = "resize_token_embeddings"
+# What transformers' models call the modules that are resized.
+_RESIZED = ("get_input_embeddings", "get_output_embeddings")
+
+
+def replace_normalised(model: nn.Module) -> None:
+    """Let every module with normalised weights inside tie and resize its originals.
+
+    By the classes that define the methods.
+    """
+    for module in model.modules():
+        for name, around in ((_TIE, _as_ordinary), (_RESIZE, _resize)):
+            cls = next(definitions(type(module), name), None)
+            if cls is not None and is_normalised(module):
+                wrap(cls, name, around)
+
+
+def _resize(resize: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    for weight in _embeddings(model):
+        if weight.norm.view.matrices[0] > 1:
+            raise ValueError(_several_matrices(weight))
+    return _as_ordinary(resize, model, *args, **kwargs)
+
+
+def _as_ordinary(method: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a method of a model on the ordinary modules, and normalise their weights again."""
+    weights = list(normalised_weights(model))
+    if not weights:
+        return method(model, *args, **kwargs)
+    for weight in weights:
+        check_alone(weight.owner, weight.tensor_name)
+    names = list(normalised_weights(model, every_name=True))
+    originals = {id(weight.original): weight.original for weight in weights}
+    states = {id(weight.original): weight.norm for weight in weights}
+    scales = {id(w.norm): _scale(w) for w in weights if w.norm.settings.gain is not None}
+    for weight in weights:
+        detach(weight.owner, weight.tensor_name, None)
+    try:
+        result = method(model, *args, **kwargs)
+    finally:
+        left = _put_back([_Place.of(model, weight) for weight in names], states, scales)
+        # Until here, or a Parameter made meanwhile could have had the identity of one that is gone.
+        del originals
+    if left:
+        raise ValueError("\n".join(map(_several_matrices, left)))
+    return result
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a weight was normalised, and what is there now.
+
+    Attributes:
+        weight: what was there.
+        owner: the module that has its name now, or None.
+        tensor: its tensor of that name, or None.
+    """
+
+    weight: NormalisedWeight
+    owner: nn.Module | None
+    tensor: Tensor | None
+
+    @classmethod
+    def of(cls, model: nn.Module, weight: NormalisedWeight) -> _Place:
+        try:
+            owner = model.get_submodule(weight.module_name)
+        except AttributeError:
+            return cls(weight, None, None)
+        tensors = {**owner._parameters, **owner._buffers}
+        return cls(weight, owner, tensors.get(weight.tensor_name))
+
+
+def _put_back(
+    places: list[_Place], states: dict[int, SpectralNorm], scales: dict[int, float]
+) -> list[NormalisedWeight]:
+    """Attach to each tensor the state that it had, and to those that had none their place's.
+
+    Args:
+        places: where to attach.
+        states: the state of each tensor that had one, by the tensor's identity.
+        scales: what each state with a gain multiplied its weight by, by the state's identity.
+
+    Returns:
+        The weights that have another shape now, in which the state's view cannot read them.
+    """
+    left, taken = [], {id(states[id(p.tensor)]) for p in places if id(p.tensor) in states}
+    for place in places:
+        weight, owner, tensor = place.weight, place.owner, place.tensor
+        if owner is None or tensor is None or norm_on(owner, weight.tensor_name) is not None:
+            continue
+        shape = tuple(tensor.shape)
+        view = _resized(weight.norm.view, shape)
+        if view is None:
+            left.append(weight)
+            continue
+        norm = states.get(id(tensor))
+        if norm is None or _resized(norm.view, shape) != view:
+            # Another weight may have kept the state that this place had.
+            norm = copy.deepcopy(weight.norm) if id(weight.norm) in taken else weight.norm
+            taken.add(id(norm))
+            states[id(tensor)] = norm
+            if norm.view == view:
+                norm.refresh(tensor)
+        if norm.view != view:
+            _begin_anew(norm, view, tensor, scales.get(id(norm)))
+        if owner is not weight.owner:
+            owner.train(weight.owner.training)
+        attach(owner, weight.tensor_name, norm)
+    return left
+
+
+@torch.no_grad()
+def _begin_anew(norm: SpectralNorm, view: View, weight: Tensor, scale: float | None) -> None:
+    """Make a state that of a weight of another shape, with the options and the gain it had."""
+    blocks, rows, columns = view.matrices
+    count = min(norm.u.shape[1], rows, columns)
+    norm.view = view
+    norm.u = norm.u.new_zeros(blocks, count, rows)
+    norm.sv = norm.sv.new_zeros(blocks, count)
+    if "v" in norm._buffers:
+        norm.v = norm.v.new_zeros(blocks, count, columns)
+    norm.refresh(weight)
+    if scale is not None:
+        norm.gain.copy_(norm.sv[:, 0] * scale)
+
+
+def _scale(weight: NormalisedWeight) -> float:
+    """What eval mode multiplies a weight by, γ / σ, for a weight that is one matrix; 1 for zero."""
+    used = read_as_eval(weight.owner, weight.tensor_name)
+    lengths = [torch.linalg.vector_norm(w.detach().double()) for w in (used, weight.original)]
+    return float(lengths[0] / lengths[1]) if lengths[1] else 1.0
+
+
+def _resized(view: View, shape: tuple[int, ...]) -> View | None:
+    """The view that reads a weight of a shape alike, or None if there is none."""
+    if shape == view.shape:
+        return view
+    if view.split != view.shape or len(shape) != len(view.shape):
+        return None
+    return replace(view, shape=shape, split=shape)
+
+
+def _embeddings(model: nn.Module) -> Iterator[NormalisedWeight]:
+    """The normalised weights of a model's embeddings, and those that share their Parameters."""
+    modules = [getattr(model, name)() for name in _RESIZED if hasattr(model, name)]
+    weights = list(normalised_weights(model))
+    originals = {id(w.original) for w in weights if any(w.owner is module for module in modules)}
+    return (weight for weight in weights if id(weight.original) in originals)
+
+
+def _several_matrices(weight: NormalisedWeight) -> str:
+    return (
+        f"SpectralNorm on {weight}: it is read as {weight.norm.view.matrices[0]} matrices, and "
+        f"{_RESIZE} leaves open which rows belong to each; call restore_model(model, bake=False), "
+        "resize, and convert again."
+    )
+
+
+class _ReplacedWeights(System):
+    def on_model(self, model: nn.Module) -> None:
+        replace_normalised(model)
+
+
+register_system(_ReplacedWeights())
