@@ -90,7 +90,8 @@ def test_the_first_training_forward_divides_by_the_loaded_sv_and_moves_nothing(
     layer = randomise(snparam.register_sn(square(), num_svs, num_itrs, update="step"))
     source = saved(layer)
     source["parametrizations.weight.0.sv"].copy_(torch.tensor([[7.0, 3.0]])[:, :num_svs])
-    loading = snparam.register_sn(square(seed=1), num_svs, num_itrs, update="step")
+    # Of a layer that an optimizer has trained: what is loaded is not what its hook has found.
+    loading = trained("step", seed=1, num_svs=num_svs, num_itrs=num_itrs)
     loading.load_state_dict(source)
     before = buffers(loading)
     loading.eval()(X)  # which takes a step from u, and is no training forward

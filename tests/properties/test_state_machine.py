@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 import snparam
 
 SIZE = 6
+RATE = 0.2  # so high that each step moves u visibly
 LONG = int(os.environ.get("SNPARAM_STATE_MACHINE", "0"))
 
 
@@ -41,11 +42,15 @@ LONG = int(os.environ.get("SNPARAM_STATE_MACHINE", "0"))
 
 
 class Own(nn.Linear):
-    """Reads its own weight three times in a forward."""
+    """Reads its own weight three times in a forward, which may break off after the first."""
+
+    error: type[BaseException] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             self.norm = self.weight.norm()
+        if self.error is not None:
+            raise self.error
         return super().forward(x) + 0.0 * F.linear(x, self.weight)
 
 
@@ -198,6 +203,8 @@ class Plain:
         for x in xs:
             for place, kind in enumerate(self.kinds):
                 if place == trap:
+                    if kind == "own":
+                        read(f"layers.{place}.weight")
                     break
                 x = self._layer(x, kind, f"layers.{place}", read).tanh()
             else:
@@ -259,10 +266,16 @@ class Machine(RuleBasedStateMachine):
         kinds=st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=3),
         options=options_of_a_conversion,
         cold=st.booleans(),
+        steps=st.integers(0, 2),
         dtype=st.sampled_from([torch.float64, torch.float64, torch.float32]),
     )
     def begin(
-        self, kinds: list[str], options: dict[str, Any], cold: bool, dtype: torch.dtype
+        self,
+        kinds: list[str],
+        options: dict[str, Any],
+        cold: bool,
+        steps: int,
+        dtype: torch.dtype,
     ) -> None:
         if options["gain"] is not None:
             options = {**options, "soft": False, "coeff": 1.0}
@@ -274,6 +287,8 @@ class Machine(RuleBasedStateMachine):
         self.know(State.untrusted)
         if not cold:
             self.assert_constraint_holds()
+        for seed in range(steps):
+            self.train_step(seed, "plain")
 
     def converted(self, model: Network, cold: bool = False) -> Network:
         options = {k: getattr(self.options, k) for k in self.options.__dataclass_fields__}
@@ -413,7 +428,7 @@ class Machine(RuleBasedStateMachine):
 
     def sgd(self) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = torch.optim.SGD(self.model.parameters(), 0.02)
+            self.optimizer = torch.optim.SGD(self.model.parameters(), RATE)
         return self.optimizer
 
     # Rules that train
@@ -442,7 +457,7 @@ class Machine(RuleBasedStateMachine):
         gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
         self.sgd().step()
         for name, parameter in self.model.named_parameters():
-            torch.testing.assert_close(parameter, before[name] - 0.02 * gradients[name])
+            torch.testing.assert_close(parameter, before[name] - RATE * gradients[name])
         self.moved_by_an_update() if self.options.update == "step" else self.stayed()
 
     def moved_by_an_update(self) -> None:
@@ -463,16 +478,23 @@ class Machine(RuleBasedStateMachine):
             assert torch.equal(now.sv, state.sv) or state.sv.isnan().any()
         self.know(State.changed)
 
-    @rule(seed=seeds, context=st.sampled_from([torch.no_grad, torch.inference_mode]))
-    def training_forward_without_a_graph(self, seed: int, context: Callable[[], Any]) -> None:
+    @rule(
+        seed=seeds,
+        context=st.sampled_from([torch.no_grad, torch.inference_mode]),
+        forwards=st.integers(1, 3),
+    )
+    def training_forwards_without_a_graph(
+        self, seed: int, context: Callable[[], Any], forwards: int
+    ) -> None:
         self.model.train()
-        with context():
-            output = self.model(inputs(seed, self.dtype)).clone()
-        plain = self.plain()
-        self.compare(
-            self.seen([output]),
-            lambda choices: plain.run([inputs(seed, torch.float64)], choices, training=True),
-        )
+        for number in range(seed, seed + forwards):
+            with context():
+                output = self.model(inputs(number, self.dtype)).clone()
+            plain, x = self.plain(), inputs(number, torch.float64)
+            self.compare(
+                self.seen([output]),
+                lambda choices, plain=plain, x=x: plain.run([x], choices, training=True),
+            )
 
     @rule(seed=seeds, forwards=st.integers(1, 3), training=st.booleans())
     def cached(self, seed: int, forwards: int, training: bool) -> None:
@@ -504,13 +526,19 @@ class Machine(RuleBasedStateMachine):
         grad=st.booleans(),
     )
     def broken_off(self, seed: int, place: int, error: type[BaseException], grad: bool) -> None:
-        """A training forward that raises between two layers."""
+        """A training forward that raises between two layers, or in the middle of one."""
         self.model.train()
         trap = place % len(self.kinds)
-        self.model.trap = trap, error
+        layer = self.model.layers[trap]
+        if isinstance(layer, Own):
+            layer.error = error
+        else:
+            self.model.trap = trap, error
         with pytest.raises(error), torch.set_grad_enabled(grad):
             self.model(inputs(seed, self.dtype))
         self.model.trap = None
+        if isinstance(layer, Own):
+            layer.error = None
         plain = self.plain()
         self.compare(
             self.seen([]),
@@ -584,8 +612,9 @@ class Machine(RuleBasedStateMachine):
         which=st.integers(0, 2),
         how=st.sampled_from(["add", "scale", "zero", "replace", "assign", "data", "new data"]),
         seed=seeds,
+        forwards=st.integers(0, 2),
     )
-    def edit(self, which: int, how: str, seed: int) -> None:
+    def edit(self, which: int, how: str, seed: int, forwards: int) -> None:
         names = list(self.states)
         name = names[which % len(names)]
         owner, chain = weights_of(self.model)[name]
@@ -619,6 +648,7 @@ class Machine(RuleBasedStateMachine):
                 else:
                     original.zero_()
         self.know(change, only=name)
+        self.training_forwards_without_a_graph(seed, torch.no_grad, forwards)
 
     @precondition(lambda self: self.options.update == "step")
     @rule()
@@ -655,7 +685,7 @@ class Machine(RuleBasedStateMachine):
         self.compare(found, right)
         self.know(State.changed, only=name)
         self.know(State.untrusted if self.options.update == "forward" else self.settled, only=name)
-        self.training_forward_without_a_graph(seed, torch.no_grad)
+        self.training_forwards_without_a_graph(seed, torch.no_grad, 1)
 
     @staticmethod
     def settled(state: State) -> State:
@@ -664,8 +694,8 @@ class Machine(RuleBasedStateMachine):
 
     # Rules that copy, cast and convert
 
-    @rule(goes_on=st.sampled_from(["copy", "original"]))
-    def deepcopy(self, goes_on: str) -> None:
+    @rule(goes_on=st.sampled_from(["copy", "original"]), seed=seeds, forwards=st.integers(0, 2))
+    def deepcopy(self, goes_on: str, seed: int, forwards: int) -> None:
         twin = copy.deepcopy(self.model)
         copied = twin.state_dict()
         for name, tensor in self.model.state_dict().items():
@@ -675,6 +705,7 @@ class Machine(RuleBasedStateMachine):
             self.know(State.untrusted)
         else:
             self.know(lambda state: state)
+        self.training_forwards_without_a_graph(seed, torch.no_grad, forwards)
 
     @precondition(lambda self: self.dtype == torch.float32)
     @rule()
@@ -711,8 +742,12 @@ class Machine(RuleBasedStateMachine):
         spelling=st.sampled_from(SPELLINGS),
         into=st.sampled_from(["itself", "another", "one that was trained"]),
         assign=st.booleans(),
+        seed=seeds,
+        forwards=st.integers(0, 2),
     )
-    def save_and_load(self, spelling: str, into: str, assign: bool) -> None:
+    def save_and_load(
+        self, spelling: str, into: str, assign: bool, seed: int, forwards: int
+    ) -> None:
         try:
             saved = self.spelled(spelling)
         except ValueError as error:
@@ -739,6 +774,7 @@ class Machine(RuleBasedStateMachine):
             for name, tensor in self.model.state_dict().items():
                 assert torch.equal(tensor, saved[name]) or tensor.isnan().any(), name
             self.know(State.loaded)
+            self.training_forwards_without_a_graph(seed, torch.no_grad, forwards)
             return
         for name, (_, chain) in weights_of(self.model).items():
             right = used[name] if spelling == "plain" else before[name]
@@ -774,8 +810,8 @@ class Machine(RuleBasedStateMachine):
 
 TestStateMachine = Machine.TestCase
 TestStateMachine.settings = settings(
-    max_examples=LONG or 40,
-    stateful_step_count=60 if LONG else 15,
+    max_examples=LONG or 70,
+    stateful_step_count=60 if LONG else 20,
     derandomize=not LONG,
     deadline=None,
     suppress_health_check=list(HealthCheck),
