@@ -84,8 +84,9 @@ def _load(
         # Under a second parametrization a plain weight is not what the original is.
         if len(weight.list) == 1 and "original" in _tensors_of(weight.list):
             _Arrival(weight, state_dict, error_msgs, assign).take_in()
-    read = before.difference(state_dict)
-    unexpected_keys[:] = [key for key in unexpected_keys if key not in read]
+    respelled = before.difference(state_dict)
+    if respelled:  # torch has reported those that are the owner's own
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in respelled]
 
 
 @dataclass
@@ -118,10 +119,10 @@ class _Arrival:
     @property
     def original(self) -> str:
         """The key of the weight in snparam's spelling."""
-        return f"{self.weight.prefix}{self._original}"
+        return f"{self.weight.prefix}{self._local_original}"
 
     @property
-    def _original(self) -> str:
+    def _local_original(self) -> str:
         return f"parametrizations.{self.weight.tensor_name}.original"
 
     def _own(self, tensor: str) -> str:
@@ -150,12 +151,12 @@ class _Arrival:
         `torch.distributed.checkpoint.state_dict` fills up with them what it is given, and so do
         people, by `{**model.state_dict(), **others}`.
         """
-        here, given = self.weight.original, tensors.get(self._original)
+        here, given = self.weight.original, tensors.get(self._local_original)
         others = {spelling.weight_key(self.weight.tensor_name) for spelling in SPELLINGS}
-        others.discard(self._original)
+        others.discard(self._local_original)
         if is_sharded(here) or others.isdisjoint(tensors) or not _is_same(given, here):
             return
-        echoes: dict[str, Tensor] = {self._original: here}
+        echoes: dict[str, Tensor] = {self._local_original: here}
         for tensor, value in self.weight.norm.state_dict(keep_vars=True).items():
             echoes[self._local(tensor)] = value
         for key, echo in echoes.items():
@@ -168,7 +169,7 @@ class _Arrival:
         keys = [spelling.weight_key(name) for spelling in SPELLINGS]
         # The plain one last: an old hook's checkpoint has the normalised weight under it.
         key = next((k for k in sorted(keys, key=name.__eq__) if k in tensors), None)
-        if key is not None and key != self._original:
+        if key is not None and key != self._local_original:
             self.state_dict[self.original] = self.state_dict.pop(self.weight.prefix + key)
         return key
 
@@ -177,7 +178,7 @@ class _Arrival:
     def _take_state(self, tensors: dict[str, Any], key: str | None) -> State | None:
         """Take the state out of the state dict, and report what does not fit."""
         if self._local("u") in tensors or self._local("sv") in tensors:
-            key = self._original  # for torch loads what is under our keys
+            key = self._local_original  # for torch loads what is under our keys
         name = self.weight.tensor_name
         for spelling in sorted(SPELLINGS, key=lambda s: s.weight_key(name) != key):
             state = spelling.read(self.weight, tensors)

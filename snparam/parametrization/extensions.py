@@ -17,8 +17,8 @@ from snparam.parametrization.find import NormalisedWeight
 class System:
     """Somebody else's system around normalised modules; each method is called where it says.
 
-    A system overrides what it needs. Its methods may be called again for the same module, and leave
-    nothing behind once what they did is undone.
+    A system overrides what it needs. Its methods may be called again for the same module. They put
+    nothing on a module or a model itself: `classes.wrap` puts it into the class.
     """
 
     def on_attach(self, owner: nn.Module) -> None:
@@ -31,7 +31,7 @@ class System:
         """Called after a model was converted."""
 
     def on_restore(self, model: nn.Module) -> None:
-        """Called after SpectralNorm was taken off a whole model, or off the last of its weights."""
+        """Called after SpectralNorm was taken off a whole model, not off its layers one by one."""
 
 
 SYSTEMS: list[System] = []
