@@ -38,7 +38,6 @@ from weakref import ReferenceType, WeakSet, ref
 import torch
 from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch.compiler import is_compiling
-from torch.jit._trace import TracerWarning
 
 from snparam.constraints.constraint import CONSTRAINTS
 from snparam.constraints.division import without_autocast
@@ -207,7 +206,6 @@ class SpectralNorm(nn.Module):
         before = {name: getattr(self, name).detach() for name in self._parameter_names}
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._current = self._last = None
-        self._known.clear()
         for name, value in before.items():
             now = getattr(self, name)
             if value.dtype != now.dtype and not now.is_meta:
@@ -389,8 +387,7 @@ class SpectralNorm(nn.Module):
 
     def trust(self, clock: int) -> None:
         """Rely on optimizers' hooks from now on: one has reached the weight, at this time."""
-        if not self._trusted:
-            self._trusted = True
+        self._trusted = True
         self.moved_at = clock
 
     def knows(self, weight: Tensor) -> bool:
@@ -600,7 +597,7 @@ def _normal_tensors(weight: Tensor) -> AbstractContextManager[object]:
 @contextmanager
 def _tracing_constant_shapes() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TracerWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         yield
 
 

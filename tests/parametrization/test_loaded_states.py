@@ -105,6 +105,19 @@ def test_the_first_training_forward_divides_by_the_loaded_sv_and_moves_nothing(
         assert_moved(loading, u, num_itrs)
 
 
+def test_a_move_after_a_load_leaves_what_was_loaded_in_use() -> None:
+    """As where a checkpoint is loaded on the CPU, and the network then goes to its device."""
+    layer = snparam.register_sn(nn.Linear(6, 6), init="random", update="step")
+    source = saved(layer)
+    source["parametrizations.weight.0.sv"].fill_(7.0)
+    loading = snparam.register_sn(nn.Linear(6, 6), update="step")
+    loading.load_state_dict(source)
+    loading.double()
+    u = norm_of(loading).u.clone()
+    torch.testing.assert_close(7.0 * loading.weight, original_of(loading))
+    assert torch.equal(norm_of(loading).u, u)
+
+
 def test_the_gradient_of_the_first_training_forward_is_that_of_one_unstored_v() -> None:
     """With v = normalize(Wᵀu) and u, v constants: d(W/σ) for σ the loaded number."""
     layer = randomise(snparam.register_sn(square(), update="step"))
