@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from snparam.matrices import torch_private
 from snparam.matrices.views import View
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ class Tile:
         return self.rows // self.view.matrices[1]
 
 
+@torch_private.constant_while_compiling
 def _place(
     shape: tuple[int, ...],
     split: tuple[int, ...],
@@ -194,20 +196,14 @@ def _place(
         The axes of the weight that count blocks and rows, those that count columns, the shard's
         shape and offset, and for each block that it has rows of, (block, start, end) among them.
     """
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     view = View(shape, split, order, stack_axes, row_axes)
     rows_on, columns_on = _axes_of(view)
-    local, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)
+    local, offset = torch_private.local_shape_and_offset(shape, mesh, placements)
     rows = _indices(shape, local, offset, rows_on, torch.device("cpu"))
     bounds = torch.arange(view.matrices[0] + 1) * view.matrices[1]
     pairs = enumerate(pairwise(torch.searchsorted(rows, bounds).tolist()))
     segments = tuple((block, *pair) for block, pair in pairs if pair[0] < pair[1])
-    return tuple(rows_on), tuple(columns_on), tuple(local), tuple(offset), segments
-
-
-# What `torch.compiler.assume_constant_result` does, which would import the compiler.
-_place._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return tuple(rows_on), tuple(columns_on), local, offset, segments
 
 
 def _axes_of(view: View) -> tuple[list[int], list[int]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from snparam.layers.table import layer_type
+from snparam.matrices import torch_private
 from snparam.parametrization.classes import give_own_class
 from snparam.parametrization.extensions import SYSTEMS
 from snparam.parametrization.find import has_norms, norm_on, norms_of
@@ -34,7 +35,7 @@ def attach(owner: nn.Module, name: str, norm: SpectralNorm) -> None:
     parametrize.register_parametrization(owner, name, nn.Module(), unsafe=True)
     lists: Any = owner.parametrizations
     del lists[name]._parameters["original"]
-    parametrize._register_parameter_or_buffer(lists[name], "original", original)
+    torch_private.register_original(lists[name], original)
     if not persistent:
         lists[name]._non_persistent_buffers_set.add("original")
     lists[name][0] = norm.train(owner.training)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from snparam.parametrization.find import normalised_weights
+from snparam.parametrization.find import normalised_states
 from snparam.parametrization.spectral_norm import SpectralNorm
 
 
@@ -55,7 +55,7 @@ def cached(model: nn.Module) -> Iterator[None]:
 
 
 def _norms(model: nn.Module, what: str) -> list[SpectralNorm]:
-    norms = list({id(found.norm): found.norm for found in normalised_weights(model)}.values())
+    norms = [found.norm for found in normalised_states(model)]
     if not norms:
         raise ValueError(
             f"{what}: {type(model).__name__} has no weight under SpectralNorm; convert_model first"

@@ -67,6 +67,14 @@ def normalised_weights(model: nn.Module, *, every_name: bool = False) -> Iterato
             yield NormalisedWeight(module_name, module, tensor_name, norm)
 
 
+def normalised_states(model: nn.Module) -> list[NormalisedWeight]:
+    """Return the normalised weights of a model, of those that share a state the first alone."""
+    found: dict[int, NormalisedWeight] = {}
+    for weight in normalised_weights(model):
+        found.setdefault(id(weight.norm), weight)
+    return list(found.values())
+
+
 def norms_of(module: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
     """Tensor names of a module (not of its children) and the SpectralNorm on each."""
     children = module._modules

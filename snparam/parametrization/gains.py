@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from snparam.parametrization.extensions import System, register_system
-from snparam.parametrization.find import norm_on, normalised_weights, norms_of
+from snparam.parametrization.find import norm_on, normalised_states, norms_of
 from snparam.parametrization.spectral_norm import SpectralNorm
 
 
@@ -31,12 +31,12 @@ def gain_parameters(model: nn.Module) -> list[nn.Parameter]:
     Args:
         model: a network; without `gain="learned"` it has none, and the list is empty.
     """
-    gains: dict[int, Any] = {
-        id(found.norm.gain): found.norm.gain
-        for found in normalised_weights(model)
+    gains: list[Any] = [
+        found.norm.gain
+        for found in normalised_states(model)
         if found.norm.settings.gain == "learned"
-    }
-    return list(gains.values())
+    ]
+    return gains
 
 
 def parameter_groups(model: nn.Module, **for_gains: Any) -> list[dict[str, Any]]:

@@ -124,9 +124,7 @@ class _LinearMap(torch.autograd.Function):
         geometry: tuple[Any, ...] | None,
     ) -> Tensor:
         slope = divisor.slope if isinstance(divisor.slope, Tensor) else None
-        ctx.slope, ctx.view, ctx.geometry = divisor.slope, view, geometry
-        if slope is not None:
-            ctx.slope = None
+        ctx.slope, ctx.view, ctx.geometry = divisor.slope if slope is None else None, view, geometry
         ctx.save_for_backward(x, weight, bias, numerator, divisor.value, slope, u, v)
         scale = _scale(divisor)
         if _needs_the_weight(scale, weight):
@@ -298,8 +296,7 @@ def _convolved(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, geometry: tuple[Any, ...]
 ) -> Tensor:
     """Return scale · (x ⋆ W) + b, the scale at the smallest of the three."""
-    stride, padding, dilation, groups = geometry
-    convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
+    stride, padding, dilation, _ = geometry
     outputs = x.shape[0] * weight.shape[0] * math.prod(
         (size + 2 * p - d * (k - 1) - 1) // s + 1
         for size, k, s, p, d in zip(
@@ -308,11 +305,10 @@ def _convolved(
     )  # fmt: skip
     smallest = min(x.numel(), weight.numel(), outputs)
     if smallest == weight.numel():
-        return convolve(x, weight * scale, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+        return _mapped(x, weight * scale, bias, geometry)
     if smallest == x.numel():
-        return convolve(x * scale, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
-    out: Tensor = convolve(x, weight, None, stride, padding, dilation, groups)
-    out.mul_(scale)
+        return _mapped(x * scale, weight, bias, geometry)
+    out = _mapped(x, weight, None, geometry).mul_(scale)
     return out if bias is None else out.add_(bias.view(-1, *[1] * (x.ndim - 2)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from snparam.matrices.stacks import is_finite, stack_of
-from snparam.parametrization.find import NormalisedWeight, normalised_weights
+from snparam.parametrization.find import normalised_states
 
 
 def refresh(model: nn.Module) -> None:
@@ -25,18 +25,16 @@ def refresh(model: nn.Module) -> None:
     Raises:
         ValueError: if it has none, or a weight has NaN or inf; nothing has been changed.
     """
-    found: dict[int, NormalisedWeight] = {}
-    for weight in normalised_weights(model):
-        found.setdefault(id(weight.norm), weight)
+    found = normalised_states(model)
     if not found:
         raise ValueError(
             f"refresh: {type(model).__name__} has no weight under SpectralNorm; convert_model first"
         )
-    for weight in found.values():
+    for weight in found:
         if not is_finite(stack_of(weight.original.detach(), weight.norm.view)):
             raise ValueError(
                 f"refresh: {weight} has NaN or inf; repair or re-initialise it first, by "
                 "layer.weight = tensor"
             )
-    for weight in found.values():
+    for weight in found:
         weight.norm.refresh(weight.original)

@@ -27,7 +27,7 @@ from snparam.estimators.estimate import ESTIMATORS
 from snparam.matrices import torch_private
 from snparam.matrices.sharded import ShardedStack, is_sharded
 from snparam.matrices.stacks import stack_of
-from snparam.parametrization.find import normalised_weights
+from snparam.parametrization.find import normalised_states
 from snparam.parametrization.spectral_norm import STEPWISE, SpectralNorm
 
 # Matrices of at most this many entries are moved together with others of their shape. Stacking
@@ -62,17 +62,17 @@ def update(model: nn.Module) -> None:
     Raises:
         ValueError: if the model has no weight registered with `update="step"`.
     """
-    found = {
-        id(weight.norm): (weight.norm, weight.original)
-        for weight in normalised_weights(model)
+    found = [
+        (weight.norm, weight.original)
+        for weight in normalised_states(model)
         if weight.norm.settings.update == "step"
-    }
+    ]
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no weight registered with update='step'; "
             "convert_model(model, update='step') first"
         )
-    _move_all(list(found.values()))
+    _move_all(found)
 
 
 def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -122,10 +122,6 @@ def _company(norm: SpectralNorm, weight: Tensor) -> Hashable:
 def _move_together(group: list[tuple[SpectralNorm, Tensor]]) -> None:
     settings, (_, weight) = group[0][0].settings, group[0]
     with without_autocast(weight):
-        if len(group) == 1:
-            norm = group[0][0]
-            norm.know(weight, norm.move(weight))
-            return
         stacks = [stack_of(weight.detach(), norm.view) for norm, weight in group]
         us = [norm.u.to(stack.dtype) for (norm, _), stack in zip(group, stacks, strict=True)]
         found = ESTIMATORS[settings.sigma].move(stacks, us, settings.num_itrs, settings.eps)
