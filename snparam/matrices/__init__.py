@@ -1,1 +1,1 @@
-"""Weights as stacks of matrices, and products with them: knows tensors alone, no modules."""
+"""Views of weights as stacks of matrices, and products with those. Knows tensors, not modules."""

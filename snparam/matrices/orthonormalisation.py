@@ -1,4 +1,4 @@
-"""Making rows orthonormal, and scalars that decide what a result is.
+"""Orthonormal rows and unit rows, and whether a tensor's values may be read to choose a result.
 
 Shapes as in `products`: x (b, k, n), one row for each vector.
 """
@@ -13,24 +13,31 @@ from snparam.matrices.products import real_dtype, wide_dtype
 
 
 def orthonormal_rows(x: Tensor, eps: float = 0.0) -> Tensor:
-    """Return orthonormal rows, earlier rows first, each keeping its direction.
+    """Return the rows of x orthonormalised, earlier rows first, with the signs of Gram-Schmidt.
 
-    That is what Gram-Schmidt gives, by a QR decomposition whose triangular factor has a positive
-    diagonal. A row that depends on earlier ones becomes some unit vector orthogonal to them.
+    They come from a QR decomposition whose triangular factor has a positive diagonal. A row that
+    depends linearly on earlier ones becomes some unit vector orthogonal to them.
 
     Args:
         x: (b, k, n) with k ≤ n.
-        eps: rows whose remainder is shorter than this keep the length remainder / eps, as
-            normalize(x) = x / max(‖x‖, eps) gives.
+        eps: floor under the norm of what the projections on earlier rows leave of a row, as in
+            normalize(x) = x / max(‖x‖, eps): a shorter remainder gets the length ‖remainder‖ / eps.
     """
     return orthonormalise(x, eps)[0]
 
 
 def orthonormalise(x: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return orthonormal rows, and the inner product (b, k) of each with the row it was made of.
+    """Return the rows of x orthonormalised, and the inner product of each with its row of x.
 
-    Those are the diagonal of the triangular factor: row i of x is a combination of the first i
-    orthonormal rows, the last of them with that coefficient.
+    The inner products are the diagonal of the triangular factor: row i of x is a combination of the
+    first i orthonormal rows, in which the i-th has that coefficient.
+
+    Args:
+        x: (b, k, n) with k ≤ n.
+        eps: floor under norms, as in `orthonormal_rows`.
+
+    Returns:
+        the rows (b, k, n), and the inner products (b, k), real and not negative.
     """
     rows, factor = triangular(x)
     length = factor.diagonal(dim1=-2, dim2=-1).real
@@ -57,23 +64,24 @@ def triangular(x: Tensor) -> tuple[Tensor, Tensor]:
         phase = torch.copysign(diagonal.new_ones(()), diagonal)
     else:
         phase = torch.sgn(diagonal) + (diagonal == 0)
-        r = r * scale.unsqueeze(-2)  # each row of x has a scale of its own
+        r = r * scale.unsqueeze(-2)  # column i of R is row i of x, which was divided by its scale
     return (q * phase.unsqueeze(-2)).mT, r * phase.conj().unsqueeze(-1)
 
 
 def unit_rows(x: Tensor, eps: float, instead: float) -> Tensor:
-    """Make rows (b, 1, n) unit vectors in place; a row of zeros, or with NaN, becomes `instead`."""
+    """Normalise rows (b, 1, n) in place; a row of zeros, or with NaN, is filled with `instead`."""
     norm = row_norms(x)
     x = scaled_rows(x, norm, eps)
-    # NaN is replaced in the real and in the imaginary part, each by itself.
+    # In a complex entry the real and the imaginary part are replaced each, so `instead` is its
+    # magnitude.
     return x.nan_to_num_(nan=instead * 0.5**0.5 if x.is_complex() else instead)
 
 
 def row_norms(x: Tensor) -> Tensor:
-    """Return the norms of rows, (b, k, n) to (b, k, 1).
+    """Return the norms (b, k, 1) of rows (b, k, n), in float64.
 
-    They are taken in float64, where squares of float32 neither overflow nor underflow; on Apple's
-    devices, which have no float64, in float32.
+    There the squares of float32 numbers neither overflow nor underflow. On Apple's devices, which
+    have no float64, the norms are computed and returned in float32.
     """
     wide = real_dtype(x.dtype) if x.device.type == "mps" else wide_dtype(x.dtype)
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
@@ -82,7 +90,7 @@ def row_norms(x: Tensor) -> Tensor:
 
 def scaled_rows(x: Tensor, norm: Tensor, eps: float) -> Tensor:
     """Divide rows (b, k, n), in place, by the larger of their norms (b, k, 1) and eps."""
-    if x.is_complex():  # by parts: complex division takes reciprocals, which overflow first
+    if x.is_complex():  # in parts: complex division takes reciprocals, which overflow first
         torch.view_as_real(x).div_(norm.unsqueeze(-1))
     else:
         x = x.div_(norm)
@@ -90,20 +98,22 @@ def scaled_rows(x: Tensor, norm: Tensor, eps: float) -> Tensor:
 
 
 def positive(x: Tensor) -> Tensor | None:
-    """Return which entries are positive finite numbers, or None if all are known to be.
+    """Return a mask of the entries that are positive and finite, or None if all are known to be.
 
-    On a CPU, where nothing traces, the entries are read; elsewhere reading them would wait.
+    The entries are read where `reads_freely` allows it: on a CPU, with nothing tracing. On other
+    devices the read would wait for the device.
     """
     if reads_freely(x) and all(0 < entry < float("inf") for entry in x.flatten().tolist()):
         return None
-    return x * 0 < x  # zero is not below zero, and inf and NaN times zero are NaN
+    return x * 0 < x  # false for 0, and for inf and NaN, whose products with 0 are NaN
 
 
 def reads_freely(x: Tensor) -> bool:
-    """Return whether numbers may be read from a tensor: at no cost, and with no tracer looking.
+    """Return whether Python may read a tensor's values: it costs nothing, and no tracer records it.
 
-    A mode that somebody has written to watch operations sees the reading as one of them. torch's
-    own modes that trace or fake them, and its transforms, would take one number for all.
+    A TorchDispatchMode that a user has written to watch operations may be on: it sees the read as
+    one of them. torch's own modes that trace or fake operations, and its transforms, would take the
+    one number that was read for the value in every later run, or for a whole batch.
     """
     return (
         type(x) is Tensor
@@ -119,5 +129,8 @@ def reads_freely(x: Tensor) -> bool:
 
 
 def is_batched(x: Tensor) -> bool:
-    """Return whether a tensor may stand for a batch: in torch.func, or `is_grads_batched`."""
+    """Return whether a tensor may stand for a batch of them, as torch.func's transforms make.
+
+    `torch.autograd.grad(..., is_grads_batched=True)` makes such tensors too.
+    """
     return torch_private.functorch_is_active() or torch_private.is_batch_of_gradients(x)

@@ -1,6 +1,6 @@
-"""Products of a stack of matrices with vectors, dense or known by its products alone.
+"""Products of a stack of matrices with vectors; the stack is a tensor, or known by its products.
 
-The shapes are the same throughout the package:
+The whole package uses these shapes:
 
     stack:  (b, m, n)   b blocks, m rows, n columns
     u:      (b, k, m)   left singular vectors, as rows, the largest singular value's first
@@ -19,16 +19,17 @@ from torch import Tensor
 
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
-# From this many vectors and multiplications on BLAS is faster with W Vᵀ than with V Wᵀ, whose rows
-# are fewer than it expects: 1.3x at 8 vectors from 2304x768 on, 2x at 16, on two cores.
+# From this many vectors and multiplications on, BLAS computes W Vᵀ faster than V Wᵀ, whose left
+# factor has fewer rows than BLAS expects: 1.3x at 8 vectors from 2304x768 on, 2x at 16, on two
+# cores.
 _MANY_ROWS, _MANY_PRODUCTS = 8, 12 << 20
 
-# Entries of a matrix that outgrow one core's cache.
+# The number of entries from which a matrix outgrows one core's cache.
 _WORTH_PARTING = 1 << 19
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a norm of tensors of the given dtype."""
+    """Return the real dtype that belongs to a complex one, and any other dtype unchanged."""
     return _REAL.get(dtype, dtype)
 
 
@@ -42,8 +43,8 @@ class Stack(Protocol):
 
     Attributes:
         shape: (b, m, n).
-        dtype: of the arithmetic.
-        device: where the vectors are.
+        dtype: dtype of the arithmetic.
+        device: device of the vectors.
     """
 
     shape: torch.Size
@@ -51,23 +52,31 @@ class Stack(Protocol):
     device: torch.device
 
     def left(self, u: Tensor) -> Tensor:
-        """Return U conj(W), (b, k, m) to (b, k, n)."""
+        """Return U conj(W), (b, k, n), for u (b, k, m)."""
 
     def right(self, v: Tensor) -> Tensor:
-        """Return V Wᵀ, (b, k, n) to (b, k, m)."""
+        """Return V Wᵀ, (b, k, m), for v (b, k, n)."""
 
     def outer(self, u: Tensor, v: Tensor) -> Tensor:
-        """Return the gradient of Σ Re(uᴴ W v), (b, m) and (b, n), for the weight, in its shape."""
+        """Return the gradient of Σ Re(uᴴ W v), summed over blocks, with respect to the weight.
+
+        Args:
+            u: (b, m).
+            v: (b, n).
+
+        Returns:
+            a tensor of the weight's shape.
+        """
 
     def largest(self) -> float:
-        """Return the largest magnitude of an entry; it is not finite if there is NaN or inf."""
+        """Return the largest magnitude of an entry; it is not finite if any entry is NaN or inf."""
 
 
 def left_product(stack: Tensor | Stack, u: Tensor) -> Tensor:
-    """Return U conj(W), (b, k, m) to (b, k, n)."""
+    """Return U conj(W), (b, k, n), for u (b, k, m)."""
     if not isinstance(stack, Tensor):
         return stack.left(u)
-    if u.shape[:2] == (1, 1):  # one product with a vector is what BLAS does best
+    if u.shape[:2] == (1, 1):  # BLAS does a matrix-vector product best
         return torch.mv(stack[0].mH, u.view(-1)).view(1, 1, -1)
     other = stack.conj() if stack.is_complex() else stack
     pieces = _pieces(stack)
@@ -80,25 +89,26 @@ def left_product(stack: Tensor | Stack, u: Tensor) -> Tensor:
 
 
 def _pieces(stack: Tensor) -> int:
-    """Return into how many bands of rows, summed afterwards, to part U W on a CPU: one a thread.
+    """Return the number of bands of rows into which to split W for U W: on a CPU, one a thread.
 
-    BLAS gives each thread some columns instead, each thread then reads all over the matrix, and
-    what it has in its cache is not what V Wᵀ asks it for next. 1.2x for both products at 4096x1024
-    and 1.1x at 1024x1024 and 1024x4096, on two cores of an Intel Xeon, and 1.5x for U W from
-    512x4608 on, on two of an AMD EPYC; nothing for matrices of few rows.
+    The products with the bands are summed afterwards. BLAS would give each thread some of the
+    columns: each thread then reads all over the matrix, and its cache does not hold what V Wᵀ asks
+    it for next. Bands are 1.2x faster for both products at 4096x1024 and 1.1x at 1024x1024 and
+    1024x4096, on two cores of an Intel Xeon, and 1.5x for U W from 512x4608 on, on two of an AMD
+    EPYC; matrices of few rows gain nothing.
     """
     blocks, rows, columns = stack.shape
     if stack.device.type != "cpu" or blocks > 1 or rows * columns < _WORTH_PARTING:
         return 1
     if torch.compiler.is_compiling() or not stack.is_contiguous():
-        return 1  # a graph cannot ask for the number of threads, which may be others when it runs
+        return 1  # a graph cannot ask for the number of threads, which may differ when it runs
     threads = torch.get_num_threads()
     enough = 64 * threads if rows >= columns else 256 * threads
     return threads if rows >= enough and rows % threads == 0 else 1
 
 
 def right_product(stack: Tensor | Stack, v: Tensor) -> Tensor:
-    """Return V Wᵀ, (b, k, n) to (b, k, m)."""
+    """Return V Wᵀ, (b, k, m), for v (b, k, n)."""
     if not isinstance(stack, Tensor):
         return stack.right(v)
     if v.shape[:2] == (1, 1):

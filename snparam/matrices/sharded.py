@@ -1,9 +1,9 @@
-"""Weights that are DTensors: products on the shards, and vectors reduced between ranks.
+"""Stacks of matrices whose weight is a DTensor: products with shards, vectors summed over ranks.
 
-Knows views and `torch.distributed.tensor`, not modules. A rank multiplies the piece of the matrix
-that it has, and what is communicated is vectors of as many entries as the matrix has rows or
-columns. No rank ever holds the weight. Every function here is collective: all ranks of the mesh
-have to call it.
+Each rank multiplies the piece of the matrix that it has, and the ranks communicate only vectors of
+as many entries as the matrix has rows or columns. No rank ever holds the weight. The functions that
+communicate (`gathered`, `reduced_together`, `Tile.reduce`, and `left`, `right` and `largest` of a
+`ShardedStack`) are collective: all ranks of the mesh have to call them.
 """
 
 from __future__ import annotations
@@ -25,16 +25,20 @@ if TYPE_CHECKING:
 
 
 def is_sharded(weight: Tensor) -> bool:
-    """Whether a weight is a DTensor."""
-    # Asked of every weight in every forward, so without importing torch.distributed.tensor.
+    """Return whether a weight is a DTensor."""
+    # Every forward asks this of every weight, so torch.distributed.tensor is not imported for it.
     return type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "device_mesh")
 
 
 def is_fully_sharded(tensor: Tensor, modules: Iterable[nn.Module]) -> bool:
-    """Whether FSDP2 has a tensor in hand: sharded, with one of the modules around it wrapped.
+    """Return whether FSDP2 manages a tensor: it is sharded, and one of `modules` is wrapped.
 
-    FSDP2 keeps its own reference to the module and the name of each parameter, so that a
-    parameter that moves elsewhere later is lost to it.
+    FSDP2 keeps its own reference to the module and the name of each parameter, so that it loses a
+    parameter that is moved elsewhere later.
+
+    Args:
+        tensor: the parameter.
+        modules: the modules around it.
     """
     return is_sharded(tensor) and any(
         base.__name__ == "FSDPModule" for module in modules for base in type(module).__mro__
@@ -42,7 +46,7 @@ def is_fully_sharded(tensor: Tensor, modules: Iterable[nn.Module]) -> bool:
 
 
 def gathered(vector: Tensor) -> Tensor:
-    """A vector of a few entries, such as a gain, whole on every rank that has a shard of it."""
+    """Return a vector of a few entries, such as a gain, whole on every rank of its mesh."""
     whole: Tensor = vector.full_tensor() if is_sharded(vector) else vector  # type: ignore[attr-defined]
     return whole
 
@@ -52,8 +56,10 @@ class ShardedStack:
 
     Attributes:
         shape: (b, m, n).
-        dtype: of the arithmetic.
-        device: of this rank's piece.
+        dtype: dtype of the arithmetic.
+        weight: the DTensor.
+        tile: where this rank's piece lies in the matrices.
+        device: device of this rank's piece.
         rows: indices of this rank's rows among all b · m, ascending.
         columns: indices of this rank's columns among all n.
         piece: this rank's entries, (len(rows), len(columns)).
@@ -62,8 +68,14 @@ class ShardedStack:
     def __init__(self, weight: DTensor, view: View, dtype: torch.dtype) -> None:
         """Read a DTensor of the view's shape.
 
+        Args:
+            weight: of the view's shape.
+            view: how the weight is read as (b, m, n).
+            dtype: dtype of the arithmetic.
+
         Raises:
-            ValueError: if the shards are no pieces of rows and columns of the matrices.
+            ValueError: if a shard is not where some rows and some columns of the matrices cross, or
+                the DTensor has a partial placement.
         """
         self.shape = torch.Size(view.matrices)
         self.dtype = dtype
@@ -75,19 +87,19 @@ class ShardedStack:
         self.piece = self.tile.to_piece(local).to(dtype)
 
     def is_complex(self) -> bool:
-        """Whether the entries are complex."""
+        """Return whether the entries are complex."""
         return self.dtype.is_complex
 
     def left(self, u: Tensor) -> Tensor:
-        """U conj(W), (b, k, m) to (b, k, n)."""
+        """Return U conj(W), (b, k, n), for u (b, k, m)."""
         return self.tile.reduce(self.left_here(u))
 
     def right(self, v: Tensor) -> Tensor:
-        """V Wᵀ, (b, k, n) to (b, k, m)."""
+        """Return V Wᵀ, (b, k, m), for v (b, k, n)."""
         return self.tile.reduce(self.right_here(v))
 
     def left_here(self, u: Tensor) -> Tensor:
-        """This rank's summand of `left`."""
+        """Return this rank's summand of `left`."""
         blocks, rows, columns = self.shape
         out = u.new_zeros((blocks, u.shape[1], columns))
         for block, part in self.tile.segments():
@@ -96,7 +108,7 @@ class ShardedStack:
         return out
 
     def right_here(self, v: Tensor) -> Tensor:
-        """This rank's summand of `right`."""
+        """Return this rank's summand of `right`."""
         blocks, rows, _ = self.shape
         out = v.new_zeros((blocks, v.shape[1], rows))
         for block, part in self.tile.segments():
@@ -105,28 +117,46 @@ class ShardedStack:
         return out
 
     def outer(self, u: Tensor, v: Tensor) -> Tensor:
-        """The gradient of Σ Re(uᴴ W v), (b, m) and (b, n), for the weight, sharded as it is."""
+        """Return the gradient of Σ Re(uᴴ W v) with respect to the weight, sharded as that is.
+
+        Args:
+            u: (b, m).
+            v: (b, n).
+        """
         rows, columns = u.reshape(-1)[self.rows, None], v[self.tile.blocks][:, self.columns]
         return placed_as(
             self.weight, self.tile.from_piece(rows * columns.conj(), self.weight.to_local())
         )
 
     def largest(self) -> float:
-        """The largest magnitude of an entry; NaN or inf if there is one anywhere."""
+        """Return the largest magnitude of an entry on any rank; inf if any entry is NaN or inf."""
         largest = self.piece.abs().max() if self.piece.numel() else self.piece.new_zeros(()).abs()
         largest = torch.where(torch.isfinite(largest), largest, torch.inf)
         return float(self.tile.reduce(largest.reshape(1), dist.ReduceOp.MAX))
 
 
 def reduced_together(stacks: list[ShardedStack], parts: list[Tensor]) -> list[Tensor]:
-    """Each part summed over its stack's ranks; the stacks are sharded over the same ranks."""
+    """Return each part summed over the ranks, all of them reduced as one vector.
+
+    Args:
+        stacks: stacks that are sharded over the same ranks.
+        parts: for each stack, this rank's summand.
+    """
     flat = stacks[0].tile.reduce(torch.cat([part.reshape(-1) for part in parts]))
     sums = torch.split(flat, [part.numel() for part in parts])
     return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
 
 
 class Tile:
-    """Where this rank's shard lies in the matrices, and how to reduce over the ranks."""
+    """The place of this rank's shard in the matrices, and the reduction over the ranks.
+
+    Attributes:
+        view: how the weight is read as (b, m, n).
+        groups: process groups of the mesh dimensions that shard the weight.
+        axes: axes of the weight, first those that count blocks and rows, then those of columns.
+        rows: indices of this rank's rows among all b · m, ascending.
+        columns: indices of this rank's columns among all n.
+    """
 
     def __init__(self, weight: DTensor, view: View) -> None:
         self.view = view
@@ -149,32 +179,32 @@ class Tile:
         self.columns = _indices(view.shape, shape, offset, column_axes, device)
 
     def to_piece(self, local: Tensor) -> Tensor:
-        """This rank's shard as a matrix of its rows and columns."""
+        """Return this rank's shard as a matrix (len(rows), len(columns))."""
         return local.permute(self.axes).reshape(len(self.rows), len(self.columns))
 
     def from_piece(self, piece: Tensor, like: Tensor) -> Tensor:
-        """A matrix of this rank's rows and columns as a shard."""
+        """Return a matrix (len(rows), len(columns)) in the shape of a shard, that of `like`."""
         permuted = [like.shape[axis] for axis in self.axes]
         inverse = [self.axes.index(axis) for axis in range(len(self.axes))]
         return piece.reshape(permuted).permute(inverse).contiguous()
 
     def segments(self) -> list[tuple[int, slice]]:
-        """The blocks this rank has rows of, and which of its rows they are."""
+        """Return the blocks that this rank has rows of, each with its slice of `rows`."""
         return [(block, slice(start, end)) for block, start, end in self._segments]
 
     def reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """Reduce over all ranks that have different shards."""
+        """Reduce a tensor in place over all ranks whose shards differ, and return it."""
         for group in self.groups:
             dist.all_reduce(x, op, group=group)
         return x
 
     def per_row(self, x: Tensor) -> Tensor:
-        """For each of this rank's rows, the entry of its block, (b,) to (len(rows), 1)."""
+        """Return the entry of x (b,) that belongs to each of this rank's rows, (len(rows), 1)."""
         return x[self.blocks, None]
 
     @property
     def blocks(self) -> Tensor:
-        """The block of each of this rank's rows."""
+        """Index of the block of each of this rank's rows, (len(rows),)."""
         return self.rows // self.view.matrices[1]
 
 
@@ -188,13 +218,15 @@ def _place(
     mesh: Any,
     placements: Any,
 ) -> tuple[Any, ...]:
-    """Where a rank's shard of the weight of a view lies.
+    """Return where this rank's shard lies in a weight and in the matrices of its view.
 
-    In plain numbers throughout, as compilers want constants.
+    The view comes as its attributes, and the result is plain numbers, because torch.compile takes
+    both for constants.
 
     Returns:
-        The axes of the weight that count blocks and rows, those that count columns, the shard's
-        shape and offset, and for each block that it has rows of, (block, start, end) among them.
+        the axes of the weight that count blocks and rows, those that count columns, the shard's
+        shape and offset, and, for each block that the shard has rows of, (block, start, end), where
+        start and end delimit them among the shard's rows.
     """
     view = View(shape, split, order, stack_axes, row_axes)
     rows_on, columns_on = _axes_of(view)
@@ -207,10 +239,11 @@ def _place(
 
 
 def _axes_of(view: View) -> tuple[list[int], list[int]]:
-    """The axes of a weight that count blocks and rows, and those that count columns.
+    """Return the axes of a weight that count blocks and rows, and those that count columns.
 
     Raises:
-        ValueError: if an axis counts both, as that of a grouped transposed convolution does.
+        ValueError: if an axis counts both, as that of a grouped transposed convolution does, or the
+            axes do not give the view's rows.
     """
     row_axes: list[int] = []
     column_axes: list[int] = []
@@ -242,7 +275,15 @@ def _indices(
     axes: list[int],
     device: torch.device,
 ) -> Tensor:
-    """Which of the flattened indices of some axes a shard covers."""
+    """Return the flattened indices, over some axes of a weight, that a shard covers.
+
+    Args:
+        shape: shape of the weight.
+        local: shape of the shard.
+        offset: where in the weight the shard begins.
+        axes: the axes of the weight to flatten.
+        device: device of the result.
+    """
     index = torch.zeros(1, dtype=torch.long, device=device)
     for axis in axes:
         along = torch.arange(offset[axis], offset[axis] + local[axis], device=device)
@@ -251,7 +292,7 @@ def _indices(
 
 
 def placed_as(weight: DTensor, local: Tensor) -> DTensor:
-    """A DTensor of this rank's shard, placed as a weight of the same shape is."""
+    """Return the DTensor that has `local` as this rank's shard, placed as the weight is."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(

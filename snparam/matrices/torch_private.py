@@ -1,9 +1,9 @@
-"""The names that torch keeps to itself: each is used in this file only, and refused if it is gone.
+"""The private names of torch that snparam uses, each in this file only.
 
-torch renames and changes them in any release. A function here that rests on one which is missing,
-or no longer what it was, raises a RuntimeError when it is called, with the name and torch's
-version, and never computes something else; importing snparam still works. `PRIVATE_NAMES` is the
-list, and `docs/versions.md` says which releases were tried.
+torch may rename or change them in any release. A function here whose private name is missing, or is
+no longer what it was, raises a RuntimeError when it is called, with the name and torch's version,
+and never computes something else; importing snparam still works. `PRIVATE_NAMES` is the list, and
+`docs/versions.md` says which releases were tried.
 
 Two kinds of private names are used wherever they are needed, because torch keeps them for all the
 libraries around it, and a missing one raises by itself: a tensor's `_version`, and the tables that
@@ -43,13 +43,13 @@ MODULE_TABLES = (
 
 
 class PrivateName(NamedTuple):
-    """A name that is private to torch.
+    """A name that is private to torch, and what snparam uses it for.
 
     Attributes:
-        name: the name, from `torch` on.
-        purpose: what snparam does by it, as the end of "snparam ...".
+        name: qualified name, from `torch` on.
+        purpose: what snparam does with it, worded to follow "snparam".
         without: what happens in a release of torch that lacks it.
-        user: the function of this file that rests on it, and refuses without it.
+        user: function of this file that uses it, and raises RuntimeError without it.
     """
 
     name: str
@@ -67,14 +67,17 @@ _Result = TypeVar("_Result")
 def _rests_on(
     *names: str, purpose: str, without: str, unchanged: Callable[[], bool] = lambda: True
 ) -> Callable[[_Function], _Function]:
-    """List private names, and let a function refuse if one of them is missing or has changed.
+    """Return a decorator that lists private names, and replaces a function if one is gone.
+
+    The replacement raises a RuntimeError. It also takes the function's place if all the names exist
+    and one of them has changed.
 
     Args:
-        names: the names, from `torch` on; none of a module that `import torch` does not load.
+        names: qualified names, from `torch` on, in modules that `import torch` loads.
         purpose: as in `PrivateName`.
         without: as in `PrivateName`.
-        unchanged: says, if all of them are there, whether they are what the function takes them
-            for.
+        unchanged: returns whether the names, where all of them exist, still are what the function
+            takes them for.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -116,7 +119,10 @@ def _refusal(problem: str, purpose: str, without: str) -> RuntimeError:
 
 
 def _as_it_is(user: str, name: str, purpose: str, without: str) -> Any:
-    """Return a function of torch's: forwards ask these, and a call around each would cost more."""
+    """List a private function of torch's and return it, or a function that raises if it is gone.
+
+    Every forward calls such a function, and a function of this file around it would cost more.
+    """
 
     def function(*_: object) -> None: ...
 
@@ -126,9 +132,10 @@ def _as_it_is(user: str, name: str, purpose: str, without: str) -> Any:
 
 
 def _given(name: str, purpose: str, without: str) -> Callable[[Callable[..., _Result]], Any]:
-    """List a private name of a module that `import torch` does not load, for a function.
+    """Return a decorator that lists a private name of a module `import torch` does not load.
 
-    It is looked for where the function is called, which gets it as its first argument.
+    Each call of the decorated function looks the name up, and passes its value as the first
+    argument.
     """
 
     def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -148,7 +155,8 @@ def _given(name: str, purpose: str, without: str) -> Callable[[Callable[..., _Re
     return decorate
 
 
-# Who looks on: transforms, tracers, modes, forward-mode AD, backward passes.
+# What may observe or repeat operations: transforms, tracers, modes, forward-mode AD, backward
+# passes.
 
 _NO_FORWARDS = "no forward of a normalised layer runs without it"
 _NO_MODES = "under a TorchDispatchMode no forward of a normalised layer runs without it"
@@ -183,7 +191,7 @@ function_mode_count: Callable[[], int] = _as_it_is(
     "tells whether a TorchFunctionMode looks on",
     _NO_FORWARDS,
 )
-# A number that is another in each backward pass, and -1 outside of them.
+# It returns a number that differs between backward passes, and -1 outside of them.
 backward_pass: Callable[[], int] = _as_it_is(
     "backward_pass",
     "torch._C._current_graph_task_id",
@@ -243,7 +251,7 @@ def forward_ad_is_active() -> bool:
     without="no optimizer moves the states with update='step' without it",
 )
 def copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy tensors, each into another of its shape, in place."""
+    """Copy each source in place into the target at the same position, which has its shape."""
     torch._foreach_copy_(targets, sources)
 
 
@@ -266,7 +274,7 @@ def parametrizations_are_cached() -> bool:
     without="no weight is registered without it",
 )
 def register_original(parametrization_list: nn.Module, original: Tensor) -> None:
-    """Make a tensor the original of a parametrization list: a Parameter, or else a buffer."""
+    """Register a tensor as the original of a parametrization list, as a Parameter or a buffer."""
     parametrize._register_parameter_or_buffer(parametrization_list, "original", original)
 
 
@@ -279,12 +287,12 @@ _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
     without=_NO_FORWARDS,
 )
 def has_global_hooks() -> bool:
-    """Return whether there are hooks for the calls of all modules, or for their gradients."""
+    """Return whether hooks are registered for the calls, or the gradients, of all modules."""
     return any(getattr(nn_module, f"_global{table}") for table in _CALL_HOOKS)
 
 
 def has_call_hooks(module: nn.Module) -> bool:
-    """Return whether a module has hooks for its calls, or for their gradients."""
+    """Return whether hooks are registered for the calls, or the gradients, of a module."""
     return any(getattr(module, table) for table in _CALL_HOOKS)
 
 
@@ -310,7 +318,7 @@ def _recurrent_layers_compute_with_a_list() -> bool:
     unchanged=_recurrent_layers_compute_with_a_list,
 )
 def check_recurrent_layers() -> None:
-    """Refuse if torch's recurrent layers no longer compute with the list `_flat_weights`."""
+    """Raise RuntimeError if torch's recurrent layers no longer compute with `_flat_weights`."""
 
 
 # Activation checkpointing, and compilation.
@@ -325,7 +333,7 @@ _NO_REGIONS = "no normalised layer runs in a checkpointed region or a backward p
     without=_NO_FORWARDS,
 )
 def innermost_saved_tensors_hook() -> Any:
-    """Return the function that autograd packs saved tensors by now, or None."""
+    """Return the function by which autograd packs the tensors that it saves now, or None."""
     pair: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if pair is None else pair[0]
 
@@ -337,7 +345,7 @@ def innermost_saved_tensors_hook() -> Any:
     without=_NO_REGIONS,
 )
 def saved_tensors_hooks() -> list[Any]:
-    """Return all functions that autograd would pack saved tensors by now, innermost first."""
+    """Return the pack functions of all saved-tensor hooks that are in force, innermost first."""
     graph: Any = torch._C._autograd
     pairs: list[Any] = []
     while (pair := graph._top_saved_tensors_default_hooks(True)) is not None:
@@ -349,12 +357,13 @@ def saved_tensors_hooks() -> list[Any]:
 
 
 def _closes_over(hook: Any, function: str, variable: str) -> bool:
-    """Return whether a function within a hook's `__init__` has a variable from outside itself."""
+    """Return whether a function defined in a hook's `__init__` closes over a given variable."""
     inner = [code for code in hook.__init__.__code__.co_consts if isinstance(code, CodeType)]
     return any(code.co_name == function and variable in code.co_freevars for code in inner)
 
 
 def _hooks_keep_runs() -> bool:
+    """Return whether checkpointing's hooks close over the variables that lead to a run."""
     begun, repeated = checkpoint._checkpoint_hook, checkpoint._recomputation_hook
     return (
         _closes_over(begun, "pack_hook", "frame")
@@ -377,7 +386,7 @@ _FINDS_RUNS = (
     unchanged=_hooks_keep_runs,
 )
 def checkpointed_runs() -> Iterator[tuple[Any, bool]]:
-    """Give the runs of checkpointed regions that are not reentrant, innermost first.
+    """Yield every run of a checkpointed region, not reentrant, that is going on, innermost first.
 
     Such a region puts hooks on the tensors that autograd saves, in its forward and in its
     recomputation, however it was begun: by a call, a decorator or a module's hooks.
@@ -386,7 +395,7 @@ def checkpointed_runs() -> Iterator[tuple[Any, bool]]:
         the object that checkpointing keeps for the run, and whether the run is being recomputed.
 
     Raises:
-        RuntimeError: if checkpointing has put a hook there that says nothing of a run.
+        RuntimeError: if one of checkpointing's hooks does not lead to a run.
     """
     for hook in saved_tensors_hooks():
         pack = inspect.unwrap(hook)
@@ -403,11 +412,12 @@ def checkpointed_runs() -> Iterator[tuple[Any, bool]]:
 
 
 def begins_recomputation(frame: FrameType, run: object) -> bool:
-    """Return whether a frame is that of the hook by which a backward pass recomputes a run."""
+    """Return whether a Python frame is that of the hook by which a backward recomputes a run."""
     return frame.f_code.co_name == "unpack_hook" and frame.f_locals.get("frame") is run
 
 
 def _is_reentrant_function() -> bool:
+    """Return whether torch's reentrant checkpointing has the names that `reentrant_run` reads."""
     function = checkpoint.CheckpointFunction
     forward, backward = function.forward.__code__, function.backward.__code__
     return all("run_function" in code.co_names and code.co_varnames[0] == "ctx"
@@ -421,13 +431,14 @@ def _is_reentrant_function() -> bool:
     unchanged=_is_reentrant_function,
 )
 def reentrant_run(frame: FrameType) -> tuple[Any, bool] | None:
-    """Return the run of a reentrant region that a frame is the forward or the backward of, or None.
+    """Return the run of a reentrant checkpointed region whose forward or backward a frame executes.
 
-    It is recognised by what it has rather than by its class, as other libraries have the like of
-    their own.
+    The run is recognised by its attribute `run_function` rather than by its class, because other
+    libraries have such autograd Functions of their own.
 
     Returns:
-        the object that checkpointing keeps for the run, and whether the run is being recomputed.
+        the object that checkpointing keeps for the run, and whether the run is being recomputed; or
+        None for any other frame.
     """
     name = frame.f_code.co_name
     if name not in ("forward", "backward") or "ctx" not in frame.f_code.co_varnames:
@@ -442,14 +453,14 @@ def reentrant_run(frame: FrameType) -> tuple[Any, bool] | None:
     "no network with such a region is compiled without it",
 )
 def compiles_region(kind: type, frame: FrameType) -> bool:
-    """Return whether a frame of the compiler's compiles a checkpointed region."""
+    """Return whether a frame of torch.compile's own code compiles a checkpointed region."""
     return isinstance(frame.f_locals.get("self"), kind)
 
 
 def constant_while_compiling(function: _Function) -> _Function:
-    """Let a compiler call a function while it compiles, and take what it returns for a constant.
+    """Mark a function for torch.compile to call while it compiles, as one that gives a constant.
 
-    This is what `torch.compiler.assume_constant_result` does, which would import the compiler.
+    `torch.compiler.assume_constant_result` does the same, but imports the compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -466,6 +477,6 @@ def constant_while_compiling(function: _Function) -> _Function:
 def local_shape_and_offset(
     function: Any, shape: tuple[int, ...], mesh: Any, placements: Any
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shape of this rank's shard of a tensor, and where in the tensor it begins."""
+    """Return the shape of this rank's shard of a tensor, and the index at which it begins."""
     local, offset = function(torch.Size(shape), mesh, placements)
     return tuple(local), tuple(offset)

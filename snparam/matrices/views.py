@@ -1,9 +1,9 @@
-"""How a weight is read as a stack of matrices, and back.
+"""Views, which read a weight as a stack of matrices, and layouts, which give the view of a shape.
 
 All of snparam's mathematics is written once, for stacks of shape (b, m, n): b blocks, m rows,
 n columns. A `View` turns one weight into such a stack and turns a stack back into the weight's
-shape. It is made of `reshape` and `permute` alone, so that for the usual memory formats nothing is
-copied, and autograd, vmap and compilation see through it.
+shape. It uses `reshape` and `permute` alone, so that for the usual memory formats nothing is
+copied, and autograd, vmap and torch.compile can follow it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class View:
-    """One way of reading a weight of a given shape as a stack of matrices.
+    """The reading of a weight of a given shape as a stack of matrices: a reshape and a permutation.
 
     The weight is reshaped to `split`, whose axes fall into three runs after `order` has permuted
     them: the first `stack_axes` of them count the blocks, the next `row_axes` the rows and the rest
@@ -27,10 +27,10 @@ class View:
 
     Attributes:
         shape: shape of the weight.
-        split: shape after splitting axes, with the same number of entries.
+        split: shape that the weight is reshaped to, mostly by splitting axes.
         order: permutation of the axes of `split` into blocks, rows, columns.
-        stack_axes: how many of the permuted axes make up the blocks.
-        row_axes: how many of the permuted axes make up the rows.
+        stack_axes: number of the permuted axes that make up the blocks.
+        row_axes: number of the permuted axes that make up the rows.
     """
 
     shape: tuple[int, ...]
@@ -51,9 +51,12 @@ class View:
         )
 
     def to_matrices(self, weight: Tensor, like: Tensor | None = None) -> Tensor:
-        """Read a weight of shape `shape` as a stack of shape (b, m, n).
+        """Read a weight as a stack of shape (b, m, n).
 
-        With `like`, the columns are in the order in which that tensor is read.
+        Args:
+            weight: of shape `shape`.
+            like: tensor of the same shape whose memory format decides the order of the columns, or
+                None for the weight itself.
         """
         order = self.order_for(weight if like is None else like)
         if order == self._in_place:
@@ -61,13 +64,18 @@ class View:
         return weight.reshape(self.split).permute(order).reshape(self.matrices)
 
     def to_matrix(self, weight: Tensor, like: Tensor | None = None) -> Tensor:
-        """`to_matrices` for a view of one block: (m, n)."""
+        """Read a weight as the one matrix (m, n) of a view of one block, as `to_matrices` does."""
         if self.is_plain:
             return weight
         return self.to_matrices(weight, like).squeeze(0)
 
     def from_matrices(self, matrices: Tensor, like: Tensor) -> Tensor:
-        """Write a stack of shape (b, m, n) back in the shape and memory format of `like`."""
+        """Return a stack of shape (b, m, n) in the shape and memory format of `like`.
+
+        Args:
+            matrices: (b, m, n), with the columns in the order in which `like` is read.
+            like: tensor of shape `shape`.
+        """
         order = self.order_for(like)
         if order == self._in_place:
             return matrices if matrices.shape == self.shape else matrices.reshape(self.shape)
@@ -77,19 +85,19 @@ class View:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether the weight is the matrix already."""
+        """True where a view of one block reads the weight as it is."""
         return len(self.shape) == 2 and self.order == self._in_place
 
     @cached_property
     def _in_place(self) -> tuple[int, ...]:
-        """The order that permutes nothing."""
+        """Identity permutation of the axes of `split`."""
         return tuple(range(len(self.split)))
 
     def order_for(self, weight: Tensor) -> tuple[int, ...]:
-        """The order of the axes in which reading `weight` copies least.
+        """Return the order of the axes of `split` in which reading `weight` copies least.
 
         Singular values and left singular vectors do not depend on the order of the columns, so the
-        column axes are taken as they lie in memory: a channels_last convolution needs no copy.
+        column axes are sorted as they lie in memory: a channels_last convolution needs no copy.
         """
         if self.shape != self.split or weight.is_contiguous():
             return self.order
@@ -103,21 +111,22 @@ KINDS = ("rows", "columns", "stack", "stack_columns", "transposed_conv", "bare")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows of a weight are, whatever its shape.
+    """The axes of a weight that count its rows, its columns and its blocks, whatever its shape.
 
     Attributes:
-        kind: where they are.
+        kind: which axes count what.
 
             - `"rows"`: axis 0 counts the rows, all others the columns.
             - `"columns"`: stored input-first; axis 0 counts the columns, all others the rows.
             - `"stack"`: axis 0 counts matrices, each read as by `"rows"`.
             - `"stack_columns"`: axis 0 counts matrices, each read as by `"columns"`.
-            - `"transposed_conv"`: axis 1 counts the rows, per group.
-            - `"bare"`: as `"rows"`; but split into as many blocks as axis 0 is long, as `"stack"`.
-        natural: the number of blocks that the layer itself computes with (groups, gates, fused
-            projections), for `blocks="auto"`; in a stack, for each matrix of it.
-        groups: groups of a transposed convolution.
-        into: the shape to bring the weight into first, or None for its own; one entry may be -1.
+            - `"transposed_conv"`: axis 1 counts the rows of each group.
+            - `"bare"`: a tensor of which no layer type is known, read as by `"rows"`, or by
+              `"stack"` where it has three axes or more and `blocks` is the length of axis 0.
+        natural: number of blocks that the layer itself computes with (groups, gates, fused
+            projections), for `blocks="auto"`; in a stack, the number in each matrix.
+        groups: number of groups of a transposed convolution.
+        into: shape to which the weight is reshaped first, or None for its own; one entry may be -1.
     """
 
     kind: str = "rows"
@@ -129,7 +138,7 @@ class Layout:
         """Check the values.
 
         Raises:
-            ValueError: for an unknown kind, or a number below 1.
+            ValueError: if `kind` is unknown, or `natural` or `groups` is below 1.
         """
         if self.kind not in KINDS:
             raise ValueError(f"Layout kind={self.kind!r}: expected one of {', '.join(KINDS)}")
@@ -138,16 +147,16 @@ class Layout:
                 raise ValueError(f"Layout {name}={getattr(self, name)}: expected at least 1")
 
     def view(self, shape: Sequence[int], blocks: int | Literal["auto"] | None = 1) -> View:
-        """The view of a weight of this `shape` in `blocks` blocks of equally many rows.
+        """Return the view of a weight of this `shape` in `blocks` blocks of equally many rows.
 
         Args:
             shape: shape of the weight.
-            blocks: how many; None or 1 for as few as there can be, one, or the matrices of a stack;
-                `"auto"` for what the layer computes with.
+            blocks: number of blocks; None or 1 for the fewest there can be (one, or in a stack one
+                for each matrix); `"auto"` for `natural`, in a stack for each matrix.
 
         Raises:
-            ValueError: if the rows cannot be split into `blocks` equal parts, or the shape is none
-                of this kind.
+            ValueError: if the rows cannot be split into `blocks` equal parts, or the shape does not
+                fit `kind` or `into`.
         """
         shape = tuple(shape)
         axes = shape if self.into is None else _reshaped(shape, self.into)
@@ -170,7 +179,7 @@ class Layout:
         return _view(shape, split, order, order[0], 1, row_axes)
 
     def _parts(self, axes: tuple[int, ...], blocks: int | Literal["auto"] | None) -> int:
-        """How many parts each matrix of a stack is split into."""
+        """Return the number of blocks into which each matrix of a stack is split."""
         if len(axes) < 3:
             raise ValueError(f"a stack of matrices has three dimensions or more, not {len(axes)}")
         if blocks == "auto":
@@ -184,7 +193,7 @@ class Layout:
         return blocks // axes[0]
 
     def _stack(self, shape: tuple[int, ...], axes: tuple[int, ...], parts: int) -> View:
-        """(matrices, rows, columns...) or (matrices, columns, rows...)."""
+        """Return the view of (matrices, rows, columns...) or (matrices, columns, rows...)."""
         if self.kind == "stack_columns":
             rows = _equal_parts(axes[2], parts)
             split = (axes[0], axes[1], parts, rows, *axes[3:])
@@ -195,7 +204,7 @@ class Layout:
         return _view(shape, split, tuple(range(len(split))), 1, 2, 1)
 
     def _transposed_conv(self, shape: tuple[int, ...], blocks: int) -> View:
-        """(in, out / groups, *kernel) read with one row per output channel, groups in order."""
+        """Return the view of (in, out / groups, *kernel) whose rows are output channels, in order."""
         inputs, outputs, *kernel = shape
         groups = self.groups
         _equal_parts(groups * outputs, blocks)
@@ -224,7 +233,7 @@ def _view(
     stack_axes: int,
     row_axes: int,
 ) -> View:
-    """A view, without the axis `blocks` of `split` where that has length 1."""
+    """Return a view that leaves out the axis `blocks` of `split` where that has length 1."""
     if split[blocks] == 1:
         order = tuple(axis - (axis > blocks) for axis in order if axis != blocks)
         split = (*split[:blocks], *split[blocks + 1 :])
@@ -233,7 +242,7 @@ def _view(
 
 
 def _reshaped(shape: tuple[int, ...], into: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a weight has once it is reshaped, with -1 filled in."""
+    """Return `into` with its -1 filled in for a weight of the given shape."""
     count, known = math.prod(shape), math.prod(size for size in into if size != -1)
     filled = tuple(count // known if size == -1 else size for size in into) if known else into
     if math.prod(filled) != count:
