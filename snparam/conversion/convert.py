@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 from typing_extensions import Unpack
 
-from snparam.conversion.arguments import check_model
+from snparam.conversion.arguments import check_model, documents_arguments
 from snparam.conversion.plan import ALREADY, REFUSE, ConversionPlan, plan_conversion
 from snparam.conversion.selection import Filter, Selectors
 from snparam.conversion.takeover import take_off
@@ -22,6 +22,7 @@ _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
 
 @documents_options
+@documents_arguments
 def convert_model(
     model: _ModuleT,
     num_svs: int = 1,
@@ -52,22 +53,7 @@ def convert_model(
 
     Args:
         model: the network, changed in place.
-        include: module types and name patterns, one or several; only weights inside what they pick
-            are converted. Patterns are matched by whole path segments from the root: `layers.1` is
-            not `layers.10`, `*` is anything within a segment, `**` any number of segments. None
-            (the default) includes everything.
-        exclude: the same, for what is left alone; it wins over `include`.
-        filter_fn: `filter_fn(module, qualified_name) -> bool`, True means convert.
-        preset: the name of a choice of what is left alone, see docs/presets.md:
-            "gan-discriminator", "gan-generator", "keep-head", "attention", "sigma-reparam" or
-            "sngp". `include`, `exclude` and `filter_fn` leave out more. None (the default) leaves
-            out nothing.
-        replace: whether to take over weights that are under torch's own spectral norm
-            (`parametrizations.spectral_norm` or the deprecated hook), with the same Parameter and
-            its u, instead of skipping them. Default True. Weights that are parametrized otherwise
-            are always skipped.
-        progress: a progress bar on stderr (tqdm, extra `progress`): None (the default) shows it on
-            a terminal once the work has taken two seconds, True always, False never.
+        {arguments}
     {options}
 
     Returns:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
-from snparam.conversion.arguments import check_model
+from snparam.conversion.arguments import check_model, documents_arguments
 from snparam.conversion.selection import Filter, Selection, Selectors
 from snparam.conversion.tables import aligned
 from snparam.conversion.weights import UNKNOWN, Weight, weights_in
@@ -136,6 +136,7 @@ def _sizes(rows: Iterable[PlanRow]) -> dict[int, int]:
 
 
 @documents_options
+@documents_arguments
 def plan_conversion(
     model: nn.Module,
     num_svs: int = 1,
@@ -157,22 +158,7 @@ def plan_conversion(
 
     Args:
         model: the network.
-        include: module types and name patterns, one or several; only weights inside what they pick
-            are converted. Patterns are matched by whole path segments from the root: `layers.1` is
-            not `layers.10`, `*` is anything within a segment, `**` any number of segments. None
-            (the default) includes everything.
-        exclude: the same, for what is left alone; it wins over `include`.
-        filter_fn: `filter_fn(module, qualified_name) -> bool`, True means convert.
-        preset: the name of a choice of what is left alone, see docs/presets.md:
-            "gan-discriminator", "gan-generator", "keep-head", "attention", "sigma-reparam" or
-            "sngp". `include`, `exclude` and `filter_fn` leave out more. None (the default) leaves
-            out nothing.
-        replace: whether to take over weights that are under torch's own spectral norm
-            (`parametrizations.spectral_norm` or the deprecated hook), with the same Parameter and
-            its u, instead of skipping them. Default True. Weights that are parametrized otherwise
-            are always skipped.
-        progress: a progress bar on stderr (tqdm, extra `progress`): None (the default) shows it on
-            a terminal once the work has taken two seconds, True always, False never.
+        {arguments}
     {options}
 
     Returns:
