@@ -1,1 +1,1 @@
-"""From a stack of matrices to its singular values: knows `matrices`, no modules."""
+"""Estimators of the singular values of a stack of matrices. Knows `matrices`, not modules."""

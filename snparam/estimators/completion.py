@@ -1,4 +1,4 @@
-"""Filling up a state of the power iteration that is there in part.
+"""Completion of a state (u, sv) that has fewer vectors or values than are needed.
 
 Shapes as in `products`: matrices (b, m, n), u (b, k, m), sv (b, k).
 """
@@ -16,16 +16,17 @@ from snparam.matrices.sharded import ShardedStack
 def completed(
     matrices: Tensor | ShardedStack, u: Tensor | None, sv: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
-    """The top k left singular vectors and singular values, as many of them as given kept.
+    """Return the top k left singular vectors and singular values, and keep those that are given.
 
-    What is not given is estimated as `convergence.converged` does; further vectors are those of the
-    matrices without the directions that the given ones span.
+    `convergence.converged` computes what is missing; further vectors are those of the matrices
+    after the given vectors are projected out. Sharded matrices that lack vectors keep none.
 
     Args:
         matrices: (b, m, n), finite.
         u: (b, j, m), or None.
-        sv: (b, i), or None. Without u it is not used: it belongs to other vectors.
-        k: how many, at most min(m, n). What is given beyond it is dropped.
+        sv: (b, i), or None. It is not used without u, since it then belongs to other vectors, nor
+            if it has fewer values than vectors are kept.
+        k: number of vectors to return, at most min(m, n); given ones beyond it are dropped.
 
     Returns:
         u (b, k, m) and sv (b, k).
@@ -44,11 +45,11 @@ def completed(
 
 
 def _beside(matrices: Tensor, u: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The top `count` left singular vectors, and values, orthogonal to given vectors."""
+    """Return the top `count` left singular vectors orthogonal to the given u, and their values."""
     wide = torch.promote_types(matrices.dtype, torch.float64)
     rows = orthonormal_rows(u.to(wide))
     rest = matrices.to(wide)
     rest = rest - rows.mT @ (rows.conj() @ rest)
     more, sv = convergence.converged(rest, count)
-    # Once more against the given ones: where nothing is left, `more` is any direction.
+    # Orthogonalised against u once more: where `rest` is zero, `more` may have any direction.
     return orthonormal_rows(torch.cat([rows, more], 1))[:, u.shape[1] :], sv

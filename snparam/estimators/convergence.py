@@ -1,4 +1,4 @@
-"""Singular vectors and values found from the matrix alone, to a promised accuracy.
+"""Singular vectors and values computed from the matrices alone, to a promised accuracy.
 
 Pure functions of stacks of matrices (b, m, n), with the shapes of `products`.
 """
@@ -18,23 +18,25 @@ from snparam.matrices.products import Stack, left_product, right_product, wide_d
 # sooner than a full eigendecomposition of the Gram matrix: 2x at 512, 20x at 4096, on two cores.
 _FULL_DECOMPOSITION = 256
 
-# Lanczos stops once ‖A x − θ x‖ ≤ tolerance · θ for each Ritz pair of A = W Wᴴ. θ is then within
-# that of an eigenvalue, and σ = √θ within half of it: 2.5e-4, against the 1e-3 promised.
+# Lanczos stops once ‖A x − θ x‖ ≤ tolerance · θ₁ for each Ritz pair (θ, x) of A = W Wᴴ, where θ₁ is
+# the largest θ. Each θ is then that near an eigenvalue, and σ₁ = √θ₁ is accurate to half the
+# tolerance: 2.5e-4 relative, against the 1e-3 promised.
 _LANCZOS_TOLERANCE = 5e-4
 
 
 def converged(
     matrices: Tensor | Stack, k: int, tolerance: float = _LANCZOS_TOLERANCE
 ) -> tuple[Tensor, Tensor]:
-    """The top k left singular vectors and singular values, deterministically.
+    """Return the top k left singular vectors and singular values, the same in every run.
 
-    Small matrices: the full eigendecomposition, in float64, of the Gram matrix of the shorter side
-    (σ₁ to about 1e-8 relative, whatever the spectrum). Large and sharded ones: block Lanczos with
-    full reorthogonalisation, stopped by its residual (σ to 2.5e-4, also in clusters).
+    Small matrices take the full eigendecomposition, in float64, of the Gram matrix of the shorter
+    side (σ₁ to about 1e-8 relative, whatever the spectrum). Large and sharded ones take block
+    Lanczos with full reorthogonalisation, stopped by its residual (σ₁ to 2.5e-4 relative, also in
+    clusters).
 
     Args:
         matrices: (b, m, n), finite, real or complex.
-        k: how many, at most min(m, n).
+        k: number of vectors, at most min(m, n).
         tolerance: residual at which Lanczos stops, relative to σ₁².
 
     Returns:
@@ -45,7 +47,8 @@ def converged(
     for block in range(matrices.shape[0]):
         scale = _largest(matrices, block)
         if scale == 0:
-            # Any vectors are singular vectors; these are orthogonal to nothing that training makes.
+            # All vectors are singular vectors of zero. Training would hardly ever make it a matrix
+            # to which these are orthogonal.
             rows = _quasi_random(k, matrices.shape[1], matrices.device, wide)
             u, sv = orthonormal_rows(rows.unsqueeze(0))[0], rows.new_zeros(k, dtype=torch.float64)
         elif isinstance(matrices, Tensor):
@@ -60,10 +63,11 @@ def converged(
 def _top_of_matrix(
     matrix: Tensor, scale: float, k: int, wide: torch.dtype, tolerance: float
 ) -> tuple[Tensor, Tensor]:
+    """Return u (k, m) and sv (k,) of matrix / scale, by whichever method is cheaper."""
     if min(matrix.shape) > _FULL_DECOMPOSITION:
         size = min(matrix.shape)
         scaled = matrix.to(torch.promote_types(matrix.dtype, torch.float32)) / scale
-        # Past a third of the dimension the full decomposition is the cheaper of the two.
+        # Once the basis has a third of the dimension, the full decomposition is cheaper.
         found = _top_by_lanczos(_Block(scaled[None], 0, 1.0), k, wide, tolerance, size // 3)
         if found is not None:
             return found
@@ -71,9 +75,9 @@ def _top_of_matrix(
 
 
 def exact_sigma(matrices: Tensor | Stack) -> Tensor:
-    """Largest singular value of each matrix in float64, shape (b,), by a full decomposition.
+    """Return the largest singular value of each matrix, (b,) in float64, by a full decomposition.
 
-    Of sharded matrices: by Lanczos to rounding, in float64 where their own products are.
+    Sharded matrices take Lanczos to rounding, in float64 if that is the dtype of their arithmetic.
     """
     if not isinstance(matrices, Tensor):
         return converged(matrices, 1, tolerance=1e-13)[1][:, 0]
@@ -88,20 +92,23 @@ def exact_sigma(matrices: Tensor | Stack) -> Tensor:
 
 
 def _largest(matrices: Tensor | Stack, block: int) -> float:
-    """The largest magnitude of an entry: divided by it, they can be squared and summed."""
+    """Return the largest magnitude of an entry of a block; of all blocks, if they are sharded.
+
+    Entries that are divided by it can be squared and summed without overflow.
+    """
     if not isinstance(matrices, Tensor):
         return matrices.largest()
     return float(matrices[block].abs().amax())
 
 
 def _gram(matrix: Tensor, scale: float, wide: torch.dtype) -> Tensor:
-    """The smaller of W Wᴴ and Wᴴ W, scaled, in float64."""
+    """Return the smaller of W Wᴴ and Wᴴ W, for W = matrix / scale, in float64."""
     rows, columns = matrix.shape
     tall = matrix if rows >= columns else matrix.mH
     if columns == 0 or rows == 0:
         return matrix.new_zeros((0, 0), dtype=wide)
     gram = torch.zeros((tall.shape[1],) * 2, dtype=wide, device=matrix.device)
-    # In pieces, because a float64 copy of a large embedding costs more than its product.
+    # In pieces, because a float64 copy of a large embedding costs more than the product does.
     for piece in torch.split(tall, max(1, (1 << 22) // tall.shape[1])):
         wider = piece.to(wide) / scale
         gram.addmm_(wider.mH, wider)
@@ -109,17 +116,18 @@ def _gram(matrix: Tensor, scale: float, wide: torch.dtype) -> Tensor:
 
 
 def _top_by_gram(matrix: Tensor, scale: float, k: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return u (k, m) and sv (k,) of matrix / scale, from the eigenvectors of its Gram matrix."""
     _, vectors = torch.linalg.eigh(_gram(matrix, scale, wide))
     rows = vectors[:, -k:].flip(-1).mT
     if matrix.shape[0] < matrix.shape[1]:
-        # Columns of `vectors` are eigenvectors of W Wᴴ: left singular vectors. The roots of the
-        # eigenvalues would be off by 1e-8 σ₁ where singular values are small.
+        # The eigenvectors of W Wᴴ are left singular vectors already. sv comes from a product, since
+        # the roots of the eigenvalues would be off by 1e-8 σ₁ where singular values are small.
         return _fix_sign(rows), _left_from_right(matrix.mH, scale, rows)[1]
     return _left_from_right(matrix, scale, rows)
 
 
 def _left_from_right(matrix: Tensor, scale: float, v: Tensor) -> tuple[Tensor, Tensor]:
-    """U and sv (scaled) from right singular vectors (k, n)."""
+    """Return u (k, m) and sv (k,) of matrix / scale, from right singular vectors v (k, n)."""
     t = v.new_empty((v.shape[0], matrix.shape[0]))
     size = max(1, (1 << 22) // matrix.shape[1])
     for start in range(0, matrix.shape[0], size):
@@ -130,7 +138,12 @@ def _left_from_right(matrix: Tensor, scale: float, v: Tensor) -> tuple[Tensor, T
 
 
 class _Block:
-    """One matrix of a stack, scaled, as the Gram operator of its shorter side."""
+    """The Gram operator A of one matrix W of a stack, divided by `scale`, on its shorter side.
+
+    Attributes:
+        by_rows: whether A is W Wᴴ, for a matrix with no more rows than columns, and not Wᴴ W.
+        size: length of the shorter side.
+    """
 
     def __init__(self, stack: Tensor | Stack, block: int, scale: float) -> None:
         self.stack, self.block, self.scale = stack, block, scale
@@ -139,7 +152,7 @@ class _Block:
         self.size = min(rows, columns)
 
     def gram(self, rows: Tensor) -> Tensor:
-        """Each row x, (width, size), to A x."""
+        """Return A x for each row x of (width, size)."""
         there, back = (
             (left_product, right_product) if self.by_rows else (right_product, left_product)
         )
@@ -147,13 +160,14 @@ class _Block:
         return image[self.block].to(rows.dtype)
 
     def across(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The singular vectors of the longer side, and sv, from those of the shorter."""
+        """Return singular vectors of the longer side, and sv, from those of the shorter side."""
         there = left_product if self.by_rows else right_product
         t = there(self.stack, self._in_stack(rows))[self.block].to(rows.dtype) / self.scale
         across, sv = orthonormalise(t.unsqueeze(0))
         return _fix_sign(across[0]), sv[0]
 
     def _in_stack(self, rows: Tensor) -> Tensor:
+        """Return vectors for the whole stack: `rows` for this block, and zeros for all others."""
         out = rows.new_zeros((self.stack.shape[0], *rows.shape), dtype=self.stack.dtype)
         out[self.block] = rows
         return out
@@ -170,12 +184,22 @@ def _top_by_lanczos(
 def _top_by_lanczos(
     matrix: _Block, k: int, wide: torch.dtype, tolerance: float, most: int | None = None
 ) -> tuple[Tensor, Tensor] | None:
-    """Block Lanczos on the Gram operator of the shorter side, fully reorthogonalised.
+    """Return u (k, m) and sv (k,) of a matrix by block Lanczos on its Gram operator.
 
-    None if it has not converged within a basis of `most` vectors; without `most`, the basis grows
-    until it is complete. Source: Golub and Underwood 1977; Musco and Musco 2015 for its gap-free
-    convergence. The start is a fixed quasi-random block: no global random state, the same on every
-    machine.
+    The basis is fully reorthogonalised. Its start is a fixed quasi-random block, which takes no
+    global random state and is the same on every machine. Source: Golub and Underwood 1977; Musco
+    and Musco 2015 for its gap-free convergence.
+
+    Args:
+        matrix: its Gram operator on the shorter side.
+        k: number of vectors.
+        wide: dtype of the basis.
+        tolerance: residual at which it stops, relative to the largest Ritz value.
+        most: number of basis vectors at which it gives up, or None to go on until the basis is
+            complete.
+
+    Returns:
+        u and sv, or None if it gave up.
     """
     size = matrix.size
     width = min(k + 1, size)
@@ -197,17 +221,18 @@ def _top_by_lanczos(
         if most is not None and basis.shape[0] + width > most:
             return None
         block = image[:width]
-        for _ in range(2):  # twice is enough (Parlett 1980)
+        for _ in range(2):  # two passes are enough for orthogonality (Parlett 1980)
             block = block - (block @ basis.mH) @ basis
             block = orthonormal_rows(block.unsqueeze(0))[0]
         basis = torch.cat([basis, block])
-    # Not the roots of the Ritz values, which are off by √eps σ₁ where singular values are small.
+    # sv comes from a product: the roots of the Ritz values are off by √eps σ₁ where singular
+    # values are small.
     across, sv = matrix.across(ritz)
     return (_fix_sign(ritz) if matrix.by_rows else across), sv
 
 
 def _quasi_random(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Rows of a Weyl sequence in (−1, 1): no structure that a weight would share."""
+    """Return rows of a Weyl sequence in (−1, 1), with no structure that a weight would share."""
     grid = torch.arange(1, rows * columns + 1, dtype=torch.float64, device=device)
     golden = (math.sqrt(5.0) - 1) / 2
     points = torch.frac(grid * golden + torch.frac(grid * grid * math.sqrt(2.0))) * 2 - 1
@@ -215,7 +240,7 @@ def _quasi_random(rows: int, columns: int, device: torch.device, dtype: torch.dt
 
 
 def _fix_sign(rows: Tensor) -> Tensor:
-    """Turn each row so that its entry of largest magnitude is real and positive."""
+    """Multiply each row by the phase that makes its entry of largest magnitude positive."""
     at = rows.abs().argmax(-1, keepdim=True)
     phase = torch.sgn(rows.gather(-1, at))
     return rows * torch.where(phase == 0, torch.ones_like(phase), phase.conj())

@@ -1,4 +1,4 @@
-"""What an estimator finds, and what every estimator offers."""
+"""The result of an estimator, the interface of all estimators, and their registry."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, u: Tensor, v: Tensor, sv: Tensor) -> Estimate:
-        """Return the estimate of these vectors and values, with the σ₁ to divide by."""
+        """Return the estimate with these vectors and values, and with the σ₁ to divide by."""
         sigma = sv[0, 0] if len(sv) == 1 else sv[:, 0]
         usable = positive(sigma)
         return cls(u, v, sv, sigma if usable is None else torch.where(usable, sigma, 1.0))
 
 
 class Estimator:
-    """A way to find σ: it starts a state from a stack, moves it, and reads it.
+    """A method of finding σ, which starts a state from a stack, moves it, and reads it.
 
-    A state is what `buffers` names, tensors of an Estimate; all else follows from them and the
-    matrices. An estimator has no state of its own, and is registered by its name.
+    The state consists of the fields of an `Estimate` that `buffers` names; all else follows from
+    them and the matrices. An estimator object keeps no state itself, and is registered by its name.
 
     Attributes:
-        name: what the option `sigma` calls it.
+        name: value of the option `sigma` that selects it.
         side: whether its σ₁ lies below the largest singular value, is exact, or lies above.
-        buffers: the tensors that are kept between forwards.
+        buffers: names of the tensors that are kept between forwards.
     """
 
     name: str
@@ -54,24 +54,30 @@ class Estimator:
     buffers: Sequence[str] = ("u", "sv")
 
     def start(self, stack: Tensor | Stack, k: int) -> tuple[Tensor, Tensor]:
-        """Return u (b, k, m) and sv (b, k), converged, from the matrices alone."""
+        """Return converged u (b, k, m) and sv (b, k), computed from the matrices alone."""
         raise NotImplementedError
 
     def move(
         self, stacks: Sequence[Tensor | Stack], us: Sequence[Tensor], steps: int, eps: float
     ) -> list[Estimate]:
-        """Return what so many steps find, for stacks that are alike: equal shapes, equal ranks.
+        """Return, for each of several stacks, the estimate after several steps.
 
         Args:
-            stacks: each (b, m, n).
-            us: for each, the u (b, k, m) to start from, of any length.
-            steps: how many.
+            stacks: each (b, m, n), all of one shape, and all dense or sharded over the same ranks.
+            us: for each stack, the u (b, k, m) to start from, of any length.
+            steps: number of steps, at least 1.
             eps: floor under the norms that a step divides by.
         """
         raise NotImplementedError
 
     def read(self, stack: Tensor | Stack, u: Tensor, eps: float) -> Estimate:
-        """Return what one step finds that is not stored, with the first values at least."""
+        """Return the estimate after one step from a state, which does not move.
+
+        Args:
+            stack: (b, m, n).
+            u: (b, k, m), of any length; the estimate may be of the first vector alone.
+            eps: floor under the norms that the step divides by.
+        """
         raise NotImplementedError
 
 
@@ -79,10 +85,10 @@ ESTIMATORS: dict[str, Estimator] = {}
 
 
 def register_estimator(estimator: Estimator) -> None:
-    """Let the option `sigma` name an estimator.
+    """Register an estimator under its name, which the option `sigma` then accepts.
 
     Raises:
-        ValueError: if the name is taken.
+        ValueError: if another estimator is registered under that name.
     """
     if estimator.name in ESTIMATORS:
         raise ValueError(f"sigma={estimator.name!r} is registered already")

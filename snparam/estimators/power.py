@@ -1,7 +1,7 @@
-"""Block power iteration, the classic way to find σ.
+"""Block power iteration, the classic method of finding σ.
 
-Source: Miyato et al. 2018 for one vector; Brock, Donahue and Simonyan 2019 for several, there
-written vector by vector.
+Source: Miyato et al. 2018 for one vector; Brock, Donahue and Simonyan 2019 for several, which they
+compute one vector after another.
 """
 
 from __future__ import annotations
@@ -26,43 +26,43 @@ from snparam.matrices.sharded import ShardedStack, reduced_together
 
 
 class BlockIteration(Estimator):
-    """An estimator whose step is V = orth(U W), T = V Wᵀ, and something made of T.
+    """An estimator whose step computes V = orth(U W) and T = V Wᵀ, and an estimate from T.
 
-    Two products whatever k is. Stacks that are moved together become one stack, and of stacks that
-    are sharded the vectors of all are reduced at once.
+    A step takes two products whatever k is. Dense stacks that move together are concatenated to one
+    stack, and sharded ones have their vectors reduced together.
     """
 
     side = "below"
 
     def start(self, stack: Tensor | Stack, k: int) -> tuple[Tensor, Tensor]:
-        """Return u and sv, converged, deterministically."""
+        """Return converged u and sv, the same in every run."""
         return convergence.converged(stack, k)
 
     def finish(self, t: Tensor, v: Tensor, before: Tensor, eps: float) -> Estimate:
-        """Return what a step finds, from T = V Wᵀ (b, k, m), which may be overwritten.
+        """Return the estimate of a step, from its T = V Wᵀ.
 
         Args:
-            t: (b, k, m).
+            t: T, (b, k, m); it may be overwritten.
             v: (b, k, n), orthonormal rows.
-            before: the u (b, k, m) that the step began with, which a matrix of zeros, or with NaN
-                or inf, keeps.
-            eps: floor under norms.
+            before: the u (b, k, m) that the step began with; a matrix of zeros, or with NaN or inf,
+                keeps it.
+            eps: floor under the norms that are divided by.
         """
         raise NotImplementedError
 
     def step(self, stack: Tensor | Stack, u: Tensor, eps: float) -> Estimate:
-        """Return what one step finds."""
+        """Return the estimate after one step."""
         v = right_vectors(left_product(stack, u), eps)
         return self.finish(right_product(stack, v), v, u, eps)
 
     def read(self, stack: Tensor | Stack, u: Tensor, eps: float) -> Estimate:
-        """Return what one step finds that is not stored."""
+        """Return the estimate after one step from a state, which does not move."""
         return self.step(stack, u, eps)
 
     def move(
         self, stacks: Sequence[Tensor | Stack], us: Sequence[Tensor], steps: int, eps: float
     ) -> list[Estimate]:
-        """Return what so many steps find."""
+        """Return, for each of several stacks, the estimate after several steps."""
         sharded = [stack for stack in stacks if isinstance(stack, ShardedStack)]
         if len(sharded) > 1:
             return self._move_sharded(sharded, list(us), steps, eps)
@@ -85,9 +85,10 @@ class BlockIteration(Estimator):
     def _move_sharded(
         self, stacks: list[ShardedStack], us: list[Tensor], steps: int, eps: float
     ) -> list[Estimate]:
-        """Move with two reductions a step for all stacks, which are sharded over the same ranks.
+        """Return the estimate for each stack, with two reductions a step for all of them.
 
-        A reduction takes as long as its latency until the vectors are millions of entries long.
+        The stacks are sharded over the same ranks. A reduction takes no longer than its latency
+        until the vectors have millions of entries.
         """
         for _ in range(steps):
             xs = reduced_together(stacks, [s.left_here(u) for s, u in zip(stacks, us, strict=True)])
@@ -101,12 +102,15 @@ class BlockIteration(Estimator):
 
 
 class PowerIteration(BlockIteration):
-    """U = orth(T), sv = rowwise ⟨T, U⟩: what the sequential Gram-Schmidt form finds."""
+    """The block power iteration: U = orth(T) and sv = rowwise ⟨T, U⟩.
+
+    Its numbers are those of the classic form, which orthogonalises one vector after another.
+    """
 
     name = "power"
 
     def finish(self, t: Tensor, v: Tensor, before: Tensor, eps: float) -> Estimate:
-        """Return u, v and sv of a step."""
+        """Return the estimate of a step, with U = orth(T)."""
         if t.shape[1] > 1:
             u, sv = orthonormalise(t, eps)
             usable = positive(sv[:, :1].unsqueeze(-1))
@@ -126,15 +130,15 @@ class PowerIteration(BlockIteration):
         return Estimate(u, v, norm.squeeze(-1), sigma)
 
     def read(self, stack: Tensor | Stack, u: Tensor, eps: float) -> Estimate:
-        """Return the first vectors and values of a step, which depend on no others."""
+        """Return the estimate of the first vectors alone, which do not depend on the others."""
         return self.step(stack, u[:, :1], eps)
 
 
 def right_vectors(x: Tensor, eps: float = 0.0) -> Tensor:
-    """Return the v (b, k, n) of a step, from X = U conj(W), which it overwrites.
+    """Return the v (b, k, n) of a step, from X = U conj(W), which may be overwritten.
 
-    Where u is orthogonal to every column the classic layer ends in NaN. Another direction finds the
-    matrix again, and only a zero matrix keeps σ = 0.
+    Where u is orthogonal to every column of W, X is zero, and the classic layer ends in NaN. Here v
+    becomes another unit vector, from which the iteration recovers; only a zero W keeps σ = 0.
     """
     if x.shape[1] > 1:
         return orthonormal_rows(x, eps)
@@ -146,17 +150,17 @@ register_estimator(POWER)
 
 
 def power_step(stack: Tensor | Stack, u: Tensor, eps: float = 0.0) -> Estimate:
-    """Return what one step of block power iteration finds.
+    """Return the estimate after one step of block power iteration.
+
+    A zero matrix keeps its u: from there the iteration finds what a layer that starts at zero
+    learns first. To that a u of zeros, or any other arbitrary u, might be orthogonal up to
+    rounding.
 
     Args:
         stack: (b, m, n), float32 or wider.
         u: (b, k, m), of any length, with k ≤ min(m, n).
         eps: floor under the norms that are divided by. The classic layer has 1e-12, an absolute
             number, which makes the iteration collapse for matrices of σ below it; a norm of exactly
-            zero needs no floor here, so that the default 0 keeps every scale right.
-
-    For a zero matrix u is returned as it came: what a layer that starts at zero learns next is
-    found from there, where a u of zeros, or any other made without reason, might be orthogonal to
-    it up to rounding.
+            zero needs no floor here, so that the default 0 is right at every scale.
     """
     return POWER.step(stack, u, eps)

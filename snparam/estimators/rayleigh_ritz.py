@@ -1,8 +1,9 @@
-"""Rayleigh-Ritz iteration: a block step, and then the best vectors in the span that it found.
+"""Rayleigh-Ritz iteration: a block step, and then the best vectors in the span of its vectors.
 
 The classic step keeps its vectors in order: where the second singular value of a matrix overtakes
-the first, u₁ has to turn into what u₂ knows already, by power iteration. Here U and V are turned by
-the small singular value decomposition of the k × k triangular factor, for the same two products.
+the first, power iteration has to turn u₁ to the direction that u₂ has already. Here the small
+singular value decomposition of the k × k triangular factor rotates U and V within their spans, and
+a step still takes two products with W.
 
 Source: Stewart 1969, "Accelerating the orthogonal iteration for the eigenvectors of a Hermitian
 matrix" (simultaneous iteration with a Rayleigh-Ritz projection), for W Wᴴ in factored form; Golub
@@ -20,27 +21,29 @@ from snparam.estimators.estimate import Estimate, register_estimator
 from snparam.estimators.power import POWER, BlockIteration
 from snparam.matrices.orthonormalisation import positive, reads_freely, triangular
 
-# Sweeps of Jacobi's method, after which matrices of up to 16 rows are diagonal to rounding: its
-# convergence is quadratic (2e-15 for 4 rows after 5, in float64).
+# The number of sweeps of Jacobi's method after which matrices of up to 16 rows are diagonal to
+# rounding: its convergence is quadratic (2e-15 for 4 rows after 5, in float64).
 _SWEEPS = 6
 
-# Rotations by less than this many units of rounding are what rounding alone asks for.
+# Entries off the diagonal, and values out of order, by no more than this many units of rounding of
+# the largest entry: a rotation for them would follow rounding alone.
 _ROUNDING = 8.0
 
 
 class RayleighRitz(BlockIteration):
-    """U and V are turned so that the first vector is the best in the span; sv are the Ritz values.
+    """The block iteration that rotates U and V to the Ritz vectors; sv are the Ritz values.
 
-    With one vector it is the classic step, and with min(m, n) of them it is exact in one step.
+    u₁ and v₁ are then the best in their spans. With one vector it is the classic step, and with
+    min(m, n) vectors one step is exact.
     """
 
     name = "rayleigh-ritz"
 
     def finish(self, t: Tensor, v: Tensor, before: Tensor, eps: float) -> Estimate:
-        """Return u, v and sv of a step.
+        """Return the estimate of a step, with U and V rotated.
 
-        With T = Rᵀ X, X orthonormal rows, and R = P Σ Qᴴ: U = Pᵀ X, V becomes Qᵀ V, and sv is Σ,
-        since conj(X) W Vᵀ = R.
+        T = Rᵀ X, where X has orthonormal rows, and R = P Σ Qᴴ. Since conj(X) W Vᵀ = R, U becomes
+        Pᵀ X, V becomes Qᵀ V, and sv becomes Σ.
         """
         if t.shape[1] == 1:
             return POWER.finish(t, v, before, eps)
@@ -62,11 +65,14 @@ def small_svd(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return P, Σ and Q of R = P Σ Qᴴ, values largest first, for small triangular matrices.
 
     Column i of P and of Q has the phase that makes P_ii real and not negative. Where R is diagonal
-    up to rounding, and its values are in order, P and Q are the identity: equal values leave the
-    vectors to chance, and the vectors that there are stay.
+    up to rounding, and its values are in order, P and Q are the identity: equal singular values
+    determine no vectors, so the present ones stay.
 
     Args:
         r: (b, k, k), upper triangular, finite, with a diagonal that is real and not negative.
+
+    Returns:
+        P (b, k, k), the diagonal (b, k) of Σ, and Q (b, k, k).
     """
     p, values, q = _by_lapack(r) if reads_freely(r) else _by_jacobi(r)
     diagonal = p.diagonal(dim1=-2, dim2=-1)
@@ -89,9 +95,9 @@ def _by_lapack(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _by_jacobi(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the decomposition by one-sided Jacobi: a fixed number of operations, no waiting.
+    """Return the decomposition by one-sided Jacobi, in a fixed number of operations.
 
-    A device's own decomposition may wait for the host, and no tracer can take one that does.
+    A device's own decomposition may wait for the host, and a tracer cannot record one that does.
     """
     scale = r.abs().amax((-2, -1), keepdim=True)
     scale = torch.where(scale > 0, scale, 1.0)
@@ -105,7 +111,8 @@ def _by_jacobi(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     values, order = torch.linalg.vector_norm(a, dim=-2).sort(dim=-1, descending=True)
     take = order.unsqueeze(-2).expand_as(a)
     a, q = a.gather(-1, take), q.gather(-1, take)
-    # The columns of `a` are P Σ. Those of zeros are completed, as P is unitary.
+    # The columns of `a` are P Σ. Where one is zero, the orthonormalisation makes a column of P for
+    # it, so that P is unitary.
     rows, _ = triangular(a.mT)
     return rows.mT, values * scale[..., 0], q
 
@@ -144,6 +151,7 @@ def _rotation(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _rotated(
     a: Tensor, first: list[int], second: list[int], rotation: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
+    """Return a (b, k, k) with its columns `first` and `second` rotated, pair by pair."""
     cosine, sine, phase = rotation
     x, y = a[..., first], a[..., second] * phase
     columns = list(a.unbind(-1))

@@ -204,7 +204,7 @@ class Layout:
         return _view(shape, split, tuple(range(len(split))), 1, 2, 1)
 
     def _transposed_conv(self, shape: tuple[int, ...], blocks: int) -> View:
-        """Return the view of (in, out / groups, *kernel) whose rows are output channels, in order."""
+        """Return the view of (in, out / groups, *kernel): rows are output channels, in order."""
         inputs, outputs, *kernel = shape
         groups = self.groups
         _equal_parts(groups * outputs, blocks)
