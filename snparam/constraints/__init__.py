@@ -1,1 +1,1 @@
-"""From a weight and its estimate to the weight in use. Knows no modules."""
+"""Constraints, which make the weight in use from a weight and its σ. Knows no modules."""

@@ -1,4 +1,4 @@
-"""W / max(1, σ / c): weights under the bound c stay as they are (SNGP, Liu et al. 2020)."""
+"""The constraint W / max(1, σ / c), which leaves weights of σ ≤ c alone (SNGP, Liu et al. 2020)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from snparam.constraints.division import Divisor
 
 
 class Bound(Division):
-    """The norm is held at no more than `coeff`."""
+    """The constraint that holds the norm at no more than `coeff`."""
 
     name = "bound"
 
     def divisor(self, sigma: Tensor, parameters: Parameters, options: Options) -> Divisor:
-        """Return max(1, σ / c)."""
+        """Return max(1, σ / c) and its slope."""
         over = sigma > options.coeff
         value = torch.where(over, sigma / options.coeff, 1.0)
         return Divisor(value, over.to(sigma.dtype) / options.coeff)

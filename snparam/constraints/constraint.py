@@ -1,4 +1,4 @@
-"""What is done with σ: the constraints there are, and what each has to say.
+"""The interface and the registry of constraints, which make the weight in use from W and σ.
 
 W / σ                 the default (Miyato et al. 2018)
 c · W / σ             coeff=c: the norm is held at c
@@ -24,25 +24,27 @@ class Options(Protocol):
 
     @property
     def coeff(self) -> float:
-        """c."""
+        """The norm, or its bound, c."""
 
     @property
     def soft(self) -> bool:
-        """Whether c is a bound only."""
+        """True where c is only a bound."""
 
     @property
     def gain(self) -> Any:
-        """Whether there is a γ, and whether it is learned."""
+        """`"learned"` or `"fixed"` where there is a γ, else None."""
 
 
 Parameters = Mapping[str, Tensor]
 
 
 class Constraint:
-    """Something to do with σ. It has no state of its own, and is registered by its name.
+    """A rule that makes the weight in use from a weight and its σ.
+
+    A constraint object keeps no state, and is registered by its name.
 
     Attributes:
-        name: what the option `constraint` calls it.
+        name: value of the option `constraint` that selects it.
     """
 
     name: str
@@ -55,11 +57,14 @@ class Constraint:
         """
 
     def parameters(self, sigma: Tensor, options: Options) -> dict[str, tuple[Tensor, bool]]:
-        """Return tensors to keep beside the state: where each starts, and whether it is learned.
+        """Return the tensors that the constraint needs kept beside the state, by name.
 
         Args:
-            sigma: σ₁ (b,) of the weight, 1 where it has none.
-            options: those that the weight is registered with.
+            sigma: σ₁ (b,) of the weight; 1 where it is zero or not finite.
+            options: options that the weight is registered with.
+
+        Returns:
+            for each name, the initial value, and whether it is learned.
         """
         return {}
 
@@ -77,24 +82,33 @@ class Constraint:
 
         Args:
             weight: the original, of the view's shape.
-            estimate: what an estimator has found, constant to autograd.
-            parameters: the tensors that `parameters` has named.
-            options: those that the weight is registered with.
+            estimate: singular vectors and values of the weight, constant to autograd.
+            parameters: current values of the tensors that `parameters` has named.
+            options: options that the weight is registered with.
             view: how the weight is read as (b, m, n).
             plain: whether to use torch's own operations alone, for tracers that save them.
         """
         raise NotImplementedError
 
     def norm(self, sigma: Tensor, parameters: Parameters, options: Options) -> Tensor:
-        """Return the norm (b,) that it promises for weights of these σ, which `verify` checks."""
+        """Return the norm (b,) that it promises for blocks of σ (b,); `verify` checks it."""
         raise NotImplementedError
 
 
 class Division(Constraint):
-    """A constraint that divides each block by a function of its σ, from which `apply` follows."""
+    """A constraint that divides each block by a function of its σ.
+
+    A subclass writes `divisor`, from which `apply` follows.
+    """
 
     def divisor(self, sigma: Tensor, parameters: Parameters, options: Options) -> Divisor:
-        """Return d(σ), its slope, and what to multiply by; σ is () for one block, or (b,)."""
+        """Return the divisor d(σ), its slope, and the factor γ.
+
+        Args:
+            sigma: σ₁, () for one block, or (b,).
+            parameters: current values of the tensors that `parameters` has named.
+            options: options that the weight is registered with.
+        """
         raise NotImplementedError
 
     def apply(
@@ -107,7 +121,7 @@ class Division(Constraint):
         *,
         plain: bool,
     ) -> Tensor:
-        """Return γ W / d."""
+        """Return γ W / d(σ)."""
         divisor = self.divisor(estimate.sigma, parameters, options)
         return divide(weight, divisor, estimate.u[:, 0], estimate.v[:, 0], view, plain=plain)
 
@@ -116,10 +130,10 @@ CONSTRAINTS: dict[str, Constraint] = {}
 
 
 def register_constraint(constraint: Constraint) -> None:
-    """Let the option `constraint` name a constraint.
+    """Register a constraint under its name, which the option `constraint` then accepts.
 
     Raises:
-        ValueError: if the name is taken.
+        ValueError: if another constraint is registered under that name.
     """
     if constraint.name in CONSTRAINTS:
         raise ValueError(f"constraint={constraint.name!r} is registered already")

@@ -1,4 +1,4 @@
-"""Dividing a weight by a function of its σ, with the gradient in one pass.
+"""Division of a weight by a function of its σ, with a gradient that takes one pass.
 
 The classic case is W / σ (Miyato et al. 2018; their equation 12 is the gradient).
 """
@@ -17,17 +17,17 @@ from snparam.matrices.orthonormalisation import reads_freely
 from snparam.matrices.sharded import is_sharded
 from snparam.matrices.views import View
 
-# Up to here a loop over blocks on a CPU is faster than one batched product of vectors.
+# Up to this many blocks, a loop over them on a CPU is faster than one batched product of vectors.
 _FEW_BLOCKS = 64
 
 
 class Divisor(NamedTuple):
-    """What a weight is divided by, as a function d of σ, and what it is multiplied by.
+    """The divisor of a weight, a function d of σ, and the factor that multiplies the weight.
 
     Attributes:
         value: d(σ), () for one block or (b,), positive.
         slope: dd/dσ, of the same shape or a number.
-        numerator: γ, (b,), or None for 1; gradients flow into it.
+        numerator: the factor γ, (b,), or None for 1; gradients flow into it.
     """
 
     value: Tensor
@@ -40,29 +40,29 @@ def divide(
 ) -> Tensor:
     """Return γ W / d, block by block, where σ(W) = Re(uᴴ W v) with u and v constant.
 
-    The value of d comes in, already known from the step that found σ, so that nothing is multiplied
-    twice; its dependence on W is only in the gradient: dd/dW = slope · u vᴴ.
+    The value of d is known from the step that found σ, so it is an argument, and no product is made
+    twice. That it depends on W enters the gradient alone: dd/dW = slope · u vᴴ. The result is
+    differentiable any number of times, in forward mode, and under torch.func and torch.compile; for
+    a sharded weight in reverse mode only.
 
     Args:
-        weight: of the view's shape and any floating dtype; the result has both, and its strides.
+        weight: of the view's shape, real or complex; the result has its shape, dtype and strides.
         divisor: d and γ.
         u: (b, m), unit vectors.
         v: (b, n), unit vectors.
         view: how the weight is read as (b, m, n).
         plain: whether to use torch's own operations alone, which tracers can follow and save, and
             not an autograd Function, which saves memory and passes in the backward.
-
-    Differentiable any number of times, in forward mode, and under torch.func and torch.compile; a
-    sharded weight in reverse mode only.
     """
     if is_sharded(weight):
         return divide_sharded(weight, divisor.numerator, *divisor[:2], u, v, view)  # type: ignore[arg-type]
     if plain or _is_traced():
-        # A trace is one for all modes, and is compared with one that is made without gradients.
+        # One trace serves with and without gradients, and torch.jit.trace compares it with another
+        # that is made without.
         tracing = torch_private.tracing_state() is not None
         recording = torch.is_grad_enabled() and weight.requires_grad
         if recording or tracing or _is_traced():
-            # In u's dtype, or gradients would be summed in half precision.
+            # In u's dtype, because gradients would be summed in half precision otherwise.
             wide = weight.to(u.dtype)
             divisor = _attached(wide, divisor, u, v, view)
             return _divided(wide, divisor, view).to(weight.dtype)
@@ -72,24 +72,24 @@ def divide(
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Return a context without autocast for a tensor's device, free of cost where it is off."""
+    """Return a context without autocast on a tensor's device, free of cost where it is off."""
     if is_autocast_on(tensor):
         return torch.autocast(tensor.device.type, enabled=False)
     return nullcontext()
 
 
 def is_autocast_on(tensor: Tensor) -> bool:
-    """Return whether autocast is on for a tensor's device; the meta device has none."""
+    """Return whether autocast is on for a tensor's device, as it never is for the meta device."""
     kind = tensor.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class _Divide(torch.autograd.Function):
-    """`divide`, whose backward is one dot product and one rank-one update.
+    """The autograd Function of `divide`, whose backward is one dot product and one rank-one update.
 
-    It saves the weight, u, v and d: neither the result nor anything else of the weight's size. It
-    has `forward(ctx, ...)` and no `setup_context`, which torch.func would need: binding the
-    arguments of the latter takes longer than a small layer's whole step.
+    It saves the weight, γ, u, v, d and its slope: neither the result nor anything else of the
+    weight's size. It has no `setup_context`, which torch.func would need, because binding the
+    arguments of that takes longer than a small layer's whole step.
     """
 
     @staticmethod
@@ -122,7 +122,7 @@ class _Divide(torch.autograd.Function):
 def _gradients(
     grad: Tensor, weight: Tensor, divisor: Divisor, u: Tensor, v: Tensor, view: View
 ) -> tuple[Tensor, Tensor | None]:
-    """Return γ/d (G − slope · ⟨G, W⟩/d · u vᴴ) for the weight, and ⟨G, W⟩/d for γ."""
+    """Return the gradients γ/d (G − slope · ⟨G, W⟩/d · u vᴴ) for the weight and ⟨G, W⟩/d for γ."""
     g = view.to_matrices(grad, like=weight).to(u.dtype)
     w = view.to_matrices(weight).to(u.dtype)
     d, slope, numerator = divisor
@@ -138,7 +138,7 @@ def _gradients(
     else:
         if len(g) > 1:
             d = d.to(g.real.dtype)[:, None, None]
-        # Not ⟨G, W⟩/d², which underflows first.
+        # G is divided before the inner product, because ⟨G, W⟩/d² would underflow first.
         divided = g / d
         along_d = _inner(divided, w)
         rate_d = along_d / d.reshape(along_d.shape)
@@ -158,22 +158,22 @@ def rank_one_update(
 ) -> Tensor:
     """Return scale · G − rate · u vᴴ for each block.
 
-    With numbers, of one block, it is one pass; with tensors G may be overwritten, unless gradients
+    With a number as `rate` it takes one pass. With a tensor it may overwrite G, unless gradients
     are recorded.
 
     Args:
-        g: (b, m, n).
+        g: G, (b, m, n); b = 1 where `rate` is a number.
         u: (b, m).
         v: (b, n).
-        scale: a number, or None for 1.
-        rate: a number, or () for one block and (b,) for several.
+        scale: a number, or None for 1, as it has to be where `rate` is a tensor.
+        rate: a number, or a tensor () for one block, (b,) for several.
     """
     blocks, rows, columns = g.shape
     u, v = u.reshape(blocks, rows, 1), v.reshape(blocks, 1, columns).conj()
     if not isinstance(rate, Tensor):
         scale = 1.0 if scale is None else scale
         limit = torch.finfo(g.dtype).max
-        if abs(scale) > limit or abs(rate) > limit:  # which the product takes for an error
+        if abs(scale) > limit or abs(rate) > limit:  # torch.addr refuses such factors
             return g * scale - (rate * u) * v
         return torch.addr(g[0], u.view(-1), v.view(-1), beta=scale, alpha=-rate).unsqueeze(0)
     outer = (rate if blocks == 1 else rate[:, None, None]) * u
@@ -190,6 +190,7 @@ def _is_traced() -> bool:
 
 
 def _divided(weight: Tensor, divisor: Divisor, view: View) -> Tensor:
+    """Return γ W / d by torch's own operations, with d as a constant or as it depends on W."""
     d, _, numerator = divisor
     if view.matrices[0] == 1:
         d = d.reshape(())
@@ -203,19 +204,19 @@ def _divided(weight: Tensor, divisor: Divisor, view: View) -> Tensor:
 
 
 def _inner(g: Tensor, w: Tensor) -> Tensor:
-    """Return Re⟨G, W⟩ for each block, () for one or (b,)."""
+    """Return Re⟨G, W⟩ for each block, () for one block or (b,)."""
     g, w = g.reshape(len(g), -1), w.reshape(len(w), -1)
     if g.is_cpu and len(g) <= _FEW_BLOCKS and not torch.is_grad_enabled():
         if len(g) == 1:
             return torch.vdot(g[0], w[0]).real
         return torch.stack([torch.vdot(*pair) for pair in zip(g, w, strict=True)]).real
-    # A product, because multiplying and summing would first make a third tensor of their size.
+    # A batched product, because multiplying and summing would first make a third such tensor.
     inner: Tensor = torch.bmm(g.conj()[:, None], w[:, :, None]).flatten().real
     return inner.reshape(()) if len(g) == 1 else inner
 
 
 def _attached(weight: Tensor, divisor: Divisor, u: Tensor, v: Tensor, view: View) -> Divisor:
-    """Return the divisor, unchanged in value, made to depend on the weight with its slope."""
+    """Return the divisor with the same value, but dependent on the weight for autograd."""
     blocks, rows, columns = view.matrices
     product = view.to_matrices(weight).to(u.dtype) @ v.reshape(blocks, columns, 1)
     sigma: Tensor = (u.reshape(blocks, rows).conj() * product.squeeze(-1)).sum(-1).real

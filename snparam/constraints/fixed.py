@@ -1,4 +1,4 @@
-"""c · W / σ: the norm is c, 1 by default. Source: Miyato et al. 2018, equation 8."""
+"""The constraint c · W / σ, with c = 1 by default. Source: Miyato et al. 2018, equation 8."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from snparam.constraints.division import Divisor
 
 
 class Fixed(Division):
-    """The norm is held at `coeff`."""
+    """The constraint that holds the norm at `coeff`."""
 
     name = "fixed"
 

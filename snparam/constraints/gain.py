@@ -1,4 +1,4 @@
-"""γ · W / σ: the norm is γ, which starts at σ (σReparam, Zhai et al. 2023)."""
+"""The constraint γ · W / σ, whose γ starts at σ (σReparam, Zhai et al. 2023)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from snparam.constraints.division import Divisor
 
 
 class Gain(Division):
-    """The norm is held at |γ|, one γ for each block, learned or fixed."""
+    """The constraint that holds the norm at |γ|, with one γ for each block, learned or fixed."""
 
     name = "gain"
 
     def check(self, options: Options) -> None:
-        """Refuse a second norm beside γ."""
+        """Refuse options that set the norm as γ does.
+
+        Raises:
+            ValueError: if `soft` is set, or `coeff` is not 1.
+        """
         if options.soft or options.coeff != 1:
             raise ValueError(
                 f"gain={options.gain!r} sets the norm, and so do coeff and soft; pass one or the "
@@ -27,7 +31,7 @@ class Gain(Division):
         return {"gain": (sigma, options.gain == "learned")}
 
     def divisor(self, sigma: Tensor, parameters: Parameters, options: Options) -> Divisor:
-        """Return σ, in γ's dtype: a γ that was set to σ then leaves the weight as it was."""
+        """Return σ in γ's dtype, so that a γ which equals σ leaves the weight unchanged."""
         gain = parameters["gain"]
         return Divisor(sigma.to(gain.dtype), numerator=gain)
 
@@ -40,6 +44,6 @@ register_constraint(Gain())
 
 
 def gain_in(dtype: torch.dtype, gain: Tensor) -> Tensor:
-    """Return γ (b,) in a dtype, or as it is where that does not reach so far."""
+    """Return γ (b,) in a dtype, or unchanged where it is too large for that dtype."""
     rounded = gain.to(dtype)
     return rounded if rounded.isfinite().all() else gain

@@ -1,4 +1,4 @@
-"""Dividing a weight that is sharded over ranks: by shards, with numbers reduced between ranks."""
+"""Division of a sharded weight by a function of its σ, shard by shard."""
 
 from __future__ import annotations
 
@@ -23,9 +23,18 @@ def divide_sharded(
     v: Tensor,
     view: View,
 ) -> DTensor:
-    """Return γ W / d for a DTensor, placed as the weight is; `division.divide` has the arguments.
+    """Return γ W / d for a DTensor, placed as the weight is.
 
-    Backward communicates one number for each block, double backward a few more.
+    The backward communicates one number for each block, the double backward a few more.
+
+    Args:
+        weight: of the view's shape.
+        gain: γ, (b,), sharded or whole, or None for 1.
+        divisor: value of d, () for one block or (b,).
+        slope: dd/dσ, of the same shape or a number.
+        u: (b, m), unit vectors.
+        v: (b, n), unit vectors.
+        view: how the weight is read as (b, m, n).
     """
     divisor = divisor.reshape(-1).to(v.real.dtype)
     slope = slope.reshape(-1).to(divisor) if isinstance(slope, Tensor) else slope
@@ -35,6 +44,8 @@ def divide_sharded(
 
 
 class _DivideSharded(torch.autograd.Function):
+    """The autograd Function of `divide_sharded`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -79,7 +90,21 @@ def _gradients(
     v: Tensor,
     tile: Tile,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `division` for a piece W of this rank and its G."""
+    """Return the gradients of γ W / d for this rank's piece W, with the gradient G of the result.
+
+    Args:
+        g: this rank's piece of G, (len(tile.rows), len(tile.columns)).
+        w: this rank's piece of the weight, of the same shape.
+        gain: γ, (b,), or None for 1.
+        divisor: d, (b,).
+        slope: dd/dσ, (b,) or a number.
+        u: (b, m).
+        v: (b, n).
+        tile: where this rank's piece lies in the matrices.
+
+    Returns:
+        this rank's piece of the weight's gradient, and ⟨G, W⟩/d (b,), that of γ.
+    """
     inner = divisor.new_zeros(divisor.shape)
     for block, part in tile.segments():
         inner[block] = torch.vdot(g[part].reshape(-1), w[part].reshape(-1)).real
@@ -102,7 +127,7 @@ def _differentiable_gradients(
     v: Tensor,
     tile: Tile,
 ) -> tuple[Tensor, Tensor]:
-    """`_gradients` in operations that can be differentiated, where d depends on W."""
+    """Return what `_gradients` returns, by differentiable operations, with d dependent on W."""
     outer = u.reshape(-1)[tile.rows, None] * v[tile.blocks][:, tile.columns].conj()
     sigma = _sum_over_ranks(_by_block(outer, w, tile), tile)
     d = divisor + slope * (sigma - sigma.detach())
@@ -113,28 +138,30 @@ def _differentiable_gradients(
 
 
 def _by_block(x: Tensor, y: Tensor, tile: Tile) -> Tensor:
-    """This rank's summand of Re⟨X, Y⟩ of each block, (b,)."""
+    """Return this rank's summand of Re⟨X, Y⟩ for each block, (b,)."""
     rows = (x.conj() * y).sum(-1).real
     return rows.new_zeros(tile.view.matrices[0]).index_add(0, tile.blocks, rows)
 
 
-# What all ranks have alike, and what each has for itself, are different to a gradient: of the
-# former each rank has the whole, of the latter each has what came from its own piece.
+# The gradient of a value that is equal on all ranks is whole on each of them; that of a value which
+# a rank uses with its own piece comes from this piece alone, and has to be summed over the ranks.
 
 
 def _sum_over_ranks(x: Tensor, tile: Tile) -> Tensor:
-    """The sum, alike on all ranks, of what each has for itself."""
+    """Return the sum, equal on all ranks, of the summands that each rank has."""
     out: Tensor = _SumOverRanks.apply(x, tile)  # type: ignore[no-untyped-call]
     return out
 
 
 def _to_each_rank(x: Tensor, tile: Tile) -> Tensor:
-    """What is alike on all ranks, for each to use with its own piece."""
+    """Return a value that is equal on all ranks, for each rank to use with its own piece."""
     out: Tensor = _ToEachRank.apply(x, tile)  # type: ignore[no-untyped-call]
     return out
 
 
 class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks; its backward gives each rank the gradient of the sum."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, tile: Tile) -> Tensor:
         ctx.tile = tile
@@ -146,6 +173,8 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class _ToEachRank(torch.autograd.Function):
+    """The identity; its backward sums the gradients of all ranks."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, tile: Tile) -> Tensor:
         ctx.tile = tile
