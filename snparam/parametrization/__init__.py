@@ -1,1 +1,1 @@
-"""One weight of one module: the SpectralNorm on it, how it gets there, when its state moves."""
+"""The normalisation of one weight: its SpectralNorm, how it is attached, when its state moves."""

@@ -1,13 +1,14 @@
-"""Activation checkpointing: a recomputed forward uses the estimate that it had at first.
+"""Activation checkpointing: a recomputed forward uses the estimates of the first forward.
 
-`torch.utils.checkpoint` runs a region of a network forward, and in the backward pass once more. The
-weights of both runs must agree, but the state has moved in between, by several steps if the region
-ran several times before the backward. So each run of a region keeps the estimates that it used, on
-the object that checkpointing itself keeps for that run, and the recomputation finds them there, in
-the order in which they were used. Regions nest: what a region within a region uses is kept on both,
-for the recomputation of the outer one runs the inner one as if for the first time.
+`torch.utils.checkpoint` runs a region of a network in the forward pass, and again in the backward
+pass. Both runs must use the same weights, but the state has moved in between, by several steps if
+the region ran several times before the backward. Each run of a region therefore keeps the estimates
+that it used, on the object that checkpointing itself keeps for that run, and the recomputation
+reads them from there, in the order in which they were used. Regions nest: an estimate that is used
+in an inner region is kept for the outer one as well, because a recomputation of the outer region
+runs the inner one as if for the first time.
 
-Where those objects are is private to torch; `torch_private` knows it.
+Where torch keeps those objects is private to it; `torch_private` finds them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ _ATTRIBUTE = "_snparam_estimates"
 
 
 class _Estimates:
-    """What one run of a region used for one weight, in order, and how far it is recomputed."""
+    """The estimates that one run of a region used for one weight, in order, and the next to repeat.
+
+    Attributes:
+        kept: each estimate, and whether σ was applied at the linear map.
+        backward: torch's number of the backward pass that recomputes the run, -1 before any.
+        next: how many reads that backward pass has repeated.
+    """
 
     def __init__(self) -> None:
         self.kept: list[tuple[Estimate, bool]] = []
@@ -34,7 +41,7 @@ class _Estimates:
         self.next = 0
 
     def again(self) -> tuple[Estimate, bool]:
-        """Return what the read that is now repeated has used."""
+        """Return the entry of the read that is now repeated, and advance to the next."""
         backward = torch_private.backward_pass()
         if self.backward != backward:  # a region is recomputed once for each backward pass
             self.backward, self.next = backward, 0
@@ -44,11 +51,11 @@ class _Estimates:
 
 
 class _Regions(NamedTuple):
-    """The checkpointed runs that are going on.
+    """The checkpointed runs in which the current code executes.
 
     Attributes:
-        running: those that run forward, whether for the first time or not.
-        recomputed: the one around them that is being recomputed, or None.
+        running: the runs that are in their forward; within a recomputation, those that it starts.
+        recomputed: the innermost run that is being recomputed, or None.
     """
 
     running: list[Any]
@@ -59,24 +66,25 @@ _NO_REGIONS = _Regions([], None)
 
 
 def in_backward() -> bool:
-    """Return whether autograd runs a backward pass in this thread: a forward here is recomputed."""
+    """Return whether this thread runs a backward pass, in which a forward is a recomputation."""
     return torch_private.backward_pass() != -1
 
 
 def saved_by() -> Any:
-    """Return what autograd saves tensors by, which differs in a checkpointed region and outside."""
+    """Return the innermost hook that packs saved tensors: each checkpointed region has another."""
     return torch_private.innermost_saved_tensors_hook()
 
 
 def keep(state: object, estimate: Estimate, at_map: bool, known: list[Any]) -> None:
-    """Keep, within checkpointed regions, what a read of a state's weight has used.
+    """Keep the estimate that a read used, for recomputations of the checkpointed regions around it.
 
     Args:
-        state: the SpectralNorm.
-        estimate: what it has used.
-        at_map: whether at the linear map, which saves other tensors than the weight in use does.
-        known: the regions in which the same forward of the layer has kept it already, to which the
-            others are added.
+        state: the SpectralNorm whose weight was read.
+        estimate: the estimate that the read used.
+        at_map: whether the read applied σ at the linear map, which saves other tensors for backward
+            than computing the weight in use does.
+        known: the regions in which the same forward of the layer has kept it already; those that
+            keep it now are appended.
     """
     regions = _regions()
     if regions.running:
@@ -86,10 +94,19 @@ def keep(state: object, estimate: Estimate, at_map: bool, known: list[Any]) -> N
 def kept(
     state: object, last: Estimate | None, at_map: bool, known: list[Any]
 ) -> tuple[Estimate | None, bool]:
-    """Return, within a recomputation, what the read that is now repeated has used.
+    """Return, within a recomputation, the estimate and the form that the repeated read used.
 
-    Where that is unknown, because some other mechanism recomputes, it is what was used `last`:
-    right for one forward in each backward; and `at_map` as it is given. `known` is as for `keep`.
+    Both are unknown where a mechanism other than torch's recomputes. The estimate is then `last`,
+    which is right for one forward in each backward, and the form is `at_map` as given.
+
+    Args:
+        state: the SpectralNorm whose weight is read.
+        last: the estimate of its last training forward, or None.
+        at_map: whether σ could be applied at the linear map now.
+        known: as for `keep`: regions that are in their forward again keep the estimate once more.
+
+    Returns:
+        the estimate, or None if none is known, and whether to apply σ at the linear map.
     """
     regions = _regions()
     estimates: dict[int, _Estimates] = getattr(regions.recomputed, _ATTRIBUTE, {})
@@ -104,8 +121,8 @@ def kept(
 def unseen() -> AbstractContextManager[object]:
     """Return a context in which selective checkpointing neither saves nor replays operations.
 
-    It replays the i-th product of a region with what the i-th product was at first, and a
-    recomputation of the weight takes fewer of them.
+    It replays the i-th product of a region with the result that the i-th product had in the first
+    run, and a recomputation of a weight takes fewer products than its first computation.
     """
     if torch_private.dispatch_mode_count() and any(
         map(torch_private.is_selective, torch_private.dispatch_modes())
@@ -116,10 +133,10 @@ def unseen() -> AbstractContextManager[object]:
 
 @torch_private.constant_while_compiling
 def region_around_compilation() -> str | None:
-    """Return how a module that is being compiled lies in a checkpointed region, or None.
+    """Return how a checkpointed region encloses the module that is being compiled, or None.
 
     "within": the region is in the same graph, whose recomputation repeats everything in it.
-    "around": what is compiled was called in a region that runs outside of it.
+    "around": the region runs outside of the graph, and the compiled module was called in it.
     """
     for frame in outward(sys._getframe(1)):
         if torch_private.compiles_region(frame):
@@ -135,8 +152,12 @@ def refuse_in_region(name: str, shape: tuple[int, ...]) -> None:
 
     A compiled graph cannot tell its recomputation from a forward, and would move the state again.
 
+    Args:
+        name: name of the weight, for the error.
+        shape: shape of the weight, for the error.
+
     Raises:
-        RuntimeError: if what is being compiled lies in such a region.
+        RuntimeError: if the module that is being compiled lies in such a region.
     """
     region = region_around_compilation()
     if region is not None:
@@ -159,7 +180,7 @@ def _keep(regions: _Regions, state: object, entry: tuple[Estimate, bool], known:
 
 
 def _regions() -> _Regions:
-    """Return the checkpointed runs that are going on, out to the first that is being recomputed."""
+    """Return the runs around the current code, out to the first that is being recomputed."""
     if saved_by() is None and torch.is_grad_enabled() and not in_backward():
         return _NO_REGIONS
     running: list[Any] = []
@@ -171,7 +192,7 @@ def _regions() -> _Regions:
         running.append(region)
     for frame in outward(sys._getframe(1)):
         if recomputed is not None and torch_private.begins_recomputation(frame, recomputed):
-            break  # what lies further out is the backward pass that asked for it
+            break  # frames further out belong to the backward pass that started it
         run = torch_private.reentrant_run(frame)
         if run is not None and run[1]:
             return _Regions(running, run[0])

@@ -1,4 +1,4 @@
-"""Putting a SpectralNorm on a tensor of a module, and taking it off again."""
+"""Attachment: putting a SpectralNorm on a tensor of a module, and taking it off again."""
 
 from __future__ import annotations
 
@@ -20,12 +20,19 @@ from snparam.parametrization.update import watch_optimizers
 
 
 def attach(owner: nn.Module, name: str, norm: SpectralNorm) -> None:
-    """Put a SpectralNorm on a tensor of a module. The Parameter stays the same object."""
+    """Put a SpectralNorm on a tensor of a module; the Parameter stays the same object.
+
+    Args:
+        owner: the module that has the tensor.
+        name: name of the tensor in it.
+        norm: a SpectralNorm with the state of this tensor; tied weights share one.
+    """
     names = (*owner._parameters, *owner._buffers)
     order = next((p._snparam_order for p in _lists(owner)), names)
-    # Stand-ins go in first: for the state, because registration would call right_inverse, which
-    # converges anew, and forward, which moves it; for the tensor, because registration would set
-    # it to itself, which tensors of some subclasses do not survive.
+    # Stand-ins are registered first: a plain module for the SpectralNorm, because registration
+    # would call its right_inverse, which converges the state anew, and its forward, which moves it;
+    # an empty Parameter for the tensor, because registration would set the tensor to itself, which
+    # tensors of some subclasses do not survive.
     tensors = owner._parameters if name in owner._parameters else owner._buffers
     original = tensors[name]
     assert original is not None
@@ -55,9 +62,15 @@ def attach(owner: nn.Module, name: str, norm: SpectralNorm) -> None:
 
 
 def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
-    """Take SpectralNorm off a tensor, leaving the original or, in it, `value`."""
+    """Take SpectralNorm off a tensor, and leave the original behind under the tensor's name.
+
+    Args:
+        owner: the module that has the tensor.
+        name: name of the tensor in it.
+        value: written into the original, of its shape; None leaves the original's values.
+    """
     lists: Any = owner.parametrizations
-    order = getattr(lists[name], "_snparam_order", ())  # torch transfers lists without it
+    order = getattr(lists[name], "_snparam_order", ())  # lists that torch transfers lack it
     original = lists[name].original
     persistent = "original" not in lists[name]._non_persistent_buffers_set
     give_own_class(owner)
@@ -92,7 +105,7 @@ def _after_load(parametrizations: Any, _keys: object) -> None:
 
 @torch.no_grad()
 def read_as_eval(owner: nn.Module, name: str) -> Tensor:
-    """The weight that eval mode uses, whatever the mode; no state moves."""
+    """Return the weight that an eval forward would use, in any mode; no state moves."""
     lists: Any = owner.parametrizations
     modes = [(part, part.training) for part in lists[name]]
     try:
@@ -108,15 +121,16 @@ def read_as_eval(owner: nn.Module, name: str) -> Tensor:
 def weight_in_use(module: nn.Module, name: str = "weight") -> Tensor:
     """Return the normalised weight that an eval forward would use now, detached; no state moves.
 
-    To log or look at, in any mode. Reading `module.weight` in training mode counts as a forward: it
-    moves the state.
+    It is meant for logging and inspection, in training and in eval mode. Reading `module.weight` in
+    training mode counts as a forward instead, and moves the state.
 
     Args:
-        module: a module that has the weight.
+        module: the module that has the weight, not one around it.
         name: name of the weight in it.
 
     Raises:
-        ValueError: if the module has no normalised weight of that name, with those it has.
+        ValueError: if the module has no normalised weight of that name; the error lists those that
+            it has.
     """
     names = [tensor for tensor, _ in norms_of(module)]
     if name not in names:
@@ -128,6 +142,7 @@ def weight_in_use(module: nn.Module, name: str = "weight") -> Tensor:
 
 
 def _lists(owner: nn.Module) -> Iterator[Any]:
+    """Yield the ParametrizationLists that `attach` has made on a module."""
     lists: Any = owner._modules.get("parametrizations")
     for parametrizations in lists.values() if isinstance(lists, nn.ModuleDict) else ():
         if hasattr(parametrizations, "_snparam_order"):

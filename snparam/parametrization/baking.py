@@ -1,4 +1,4 @@
-"""What stands against leaving a normalised weight behind as an ordinary one."""
+"""The checks before a normalised weight is left behind, or written, as an ordinary one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_alone(owner: nn.Module, name: str) -> None:
     """Refuse to take SpectralNorm off a tensor that carries another parametrization as well.
 
     Raises:
-        ValueError: with what it carries.
+        ValueError: if it does; the error names the other parametrizations.
     """
     lists: Any = owner.parametrizations
     others = [type(p).__name__ for p in lists[name] if not isinstance(p, SpectralNorm)]
@@ -29,14 +29,15 @@ def check_alone(owner: nn.Module, name: str) -> None:
 
 
 def check_shared(model: nn.Module, within: nn.Module | None = None) -> None:
-    """Refuse to bake one of two uses of a Parameter.
+    """Refuse to bake a weight whose Parameter another module uses as an ordinary weight.
 
     Args:
-        model: where to look for uses.
-        within: whose normalised weights are asked about; the whole model's, if not given.
+        model: the model whose modules are searched for such a use.
+        within: the module whose normalised weights are checked; None (the default) for those of the
+            whole model.
 
     Raises:
-        ValueError: with both names.
+        ValueError: if there is one; the error names the weight and the other use.
     """
     normalised = {}
     for name, owner in model.named_modules():
@@ -55,7 +56,7 @@ def check_shared(model: nn.Module, within: nn.Module | None = None) -> None:
 
 
 def _plain_uses(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Names and identities of the Parameters that modules use as they are."""
+    """Yield the name and the identity of each Parameter that a module uses as it is."""
     for name, module in model.named_modules():
         if not isinstance(module, ParametrizationList):
             for tensor, parameter in module._parameters.items():

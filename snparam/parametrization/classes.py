@@ -1,8 +1,9 @@
 """The class of a parametrized module, which torch makes for it and a deepcopy shares.
 
-What we change about a module is in its class and never in the module itself: torch takes that
-class away with the last parametrization, whoever removes it. The classes of models are other
-people's, and stay; what their methods do for other models does not change.
+snparam changes a module through that class, and sets nothing on the instance: torch removes the
+class with the last parametrization, whoever takes that off. The classes of whole models are other
+people's, and stay when a model is restored; a wrapped method does what it did for models without
+normalised weights.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch.nn.utils import parametrize
 
 
 def give_own_class(owner: nn.Module) -> None:
-    """Make the class that holds a parametrized module's properties its own.
+    """Give a parametrized module a class that no other module shares.
 
-    A deepcopy shares that class with its model, and would lose or gain properties with it.
+    Its class holds the properties that compute its parametrized tensors. A deepcopy shares the
+    class of the module that was copied, and would gain or lose properties together with it.
     """
     if parametrize.is_parametrized(owner):
         cls = type(owner)
@@ -28,12 +30,13 @@ def give_own_class(owner: nn.Module) -> None:
 
 
 def wrap(cls: type, name: str, around: Callable[..., Any]) -> None:
-    """Let a method of a class run within a function, once, however often this is called.
+    """Run a method of a class within a function; wrapping it in the same function again is a no-op.
 
     Args:
-        cls: the class; it gets a method of its own, with the other's signature and documentation.
-        name: name of the method, which the class has or inherits.
-        around: is called as `around(method, module, *arguments)`, and calls the method itself.
+        cls: the class; a method with the same signature and documentation is defined in it.
+        name: name of the method, which the class defines or inherits.
+        around: the function; it is called as `around(method, module, *args, **kwargs)`, and has to
+            call the method itself.
     """
     if around in _arounds(vars(cls).get(name)):
         return
@@ -49,7 +52,7 @@ def wrap(cls: type, name: str, around: Callable[..., Any]) -> None:
 
 
 def unwrap(cls: type, name: str, around: Callable[..., Any]) -> None:
-    """Undo `wrap`, if it was called on this very class."""
+    """Undo `wrap`, if it was called on this class and not on a base of it alone."""
     kept = []
     while around in _arounds(vars(cls).get(name)):
         within: Any = vars(cls)[name]
@@ -63,12 +66,12 @@ def unwrap(cls: type, name: str, around: Callable[..., Any]) -> None:
 
 
 def definitions(cls: type, name: str) -> Iterator[type]:
-    """The classes, from this one upwards, that define a method of a name."""
+    """Yield the classes, from this one up through its bases, that define a method of a name."""
     return (base for base in cls.__mro__ if isinstance(vars(base).get(name), FunctionType))
 
 
 def _arounds(method: Any) -> list[Callable[..., Any]]:
-    """The functions that a method runs within, outermost first."""
+    """Return the functions that a method runs within, outermost first."""
     found = []
     while hasattr(method, "_snparam_around"):
         found.append(method._snparam_around)

@@ -1,4 +1,4 @@
-"""Stretches in which forwards move no state, or compute each weight once."""
+"""Context managers in which forwards move no state, or compute each weight once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from snparam.parametrization.spectral_norm import SpectralNorm
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within it, no forward of the model moves a state of the power iteration.
+    """Keep all forwards of a model from moving its states while the context is open.
 
-    Training forwards then use the weights that eval forwards use (with `update="step"`, where
-    optimizers move the state: those of the last update, which eval forwards take one step from).
-    For evaluation in training mode, probes, reading `layer.weight` to log it, and the second
-    network of a gradient penalty. May be nested.
+    Training forwards then use the weights that eval forwards use. With `update="step"`, once
+    optimizers move the states, training forwards use the weights of the last update, and eval
+    forwards take one step from there.
+
+    Use it for evaluation in training mode, probes, reading `layer.weight` to log it, and the second
+    network of a gradient penalty. Contexts may be nested.
+
+    Args:
+        model: a network with SpectralNorm on some of its weights.
 
     Raises:
         ValueError: if the model has no weight under SpectralNorm.
@@ -35,11 +40,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def cached(model: nn.Module) -> Iterator[None]:
-    """Within it, each normalised weight is computed once, at its first read, and then reused.
+    """Compute each normalised weight once, at its first read in the context, and then reuse it.
 
-    For inference over many batches, in any number of threads. A weight changed inside goes
-    unnoticed. In training mode the state moves at most once, and all forwards share one graph, so
-    that they need one common backward. May be nested.
+    Use it for inference over many batches, in any number of threads. A weight that is changed in
+    the context is not computed again. In training mode the state moves at most once, and all
+    forwards share one graph, so that they need one common backward. Contexts may be nested.
+
+    Args:
+        model: a network with SpectralNorm on some of its weights.
 
     Raises:
         ValueError: if the model has no weight under SpectralNorm.

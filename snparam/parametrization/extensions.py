@@ -1,6 +1,6 @@
-"""What files above this folder register with it: other people's systems, and spellings.
+"""The registries of systems and of spellings, which files above this folder fill.
 
-Both lists are empty here. `snparam/__init__.py` imports the files that fill them.
+Both lists are empty here. `snparam/__init__.py` imports the files that register themselves.
 """
 
 from __future__ import annotations
@@ -15,40 +15,41 @@ from snparam.parametrization.find import NormalisedWeight
 
 
 class System:
-    """Somebody else's system around normalised modules; each method is called where it says.
+    """What snparam does for one system of other people's: callbacks around conversion and removal.
 
-    A system overrides what it needs. Its methods may be called again for the same module. They put
-    nothing on a module or a model itself: `classes.wrap` puts it into the class.
+    A subclass overrides the methods that it needs. Each of them may be called again for the same
+    module or model. None of them sets anything on a module or a model itself: `classes.wrap`
+    changes the class instead, so that an instance carries nothing that would have to be undone.
     """
 
     def on_attach(self, owner: nn.Module) -> None:
-        """Called after a SpectralNorm was put on a tensor of a module, whose class is its own."""
+        """Adapt a module, whose class is its own, after SpectralNorm was put on a tensor of it."""
 
     def on_detach(self, owner: nn.Module) -> None:
-        """Called after the last SpectralNorm of a module was taken off."""
+        """Undo `on_attach`, after the last SpectralNorm of a module was taken off."""
 
     def on_model(self, model: nn.Module) -> None:
-        """Called after a model was converted."""
+        """Adapt a model after it was converted."""
 
     def on_restore(self, model: nn.Module) -> None:
-        """Called after SpectralNorm was taken off a whole model, not off its layers one by one."""
+        """Undo `on_model`, after a whole model, and not only a layer of it, was restored."""
 
 
 SYSTEMS: list[System] = []
 
 
 def register_system(system: System) -> None:
-    """Let a system know of each module and model that is normalised from now on."""
+    """Call a system's methods for every module and model that is normalised from now on."""
     SYSTEMS.append(system)
 
 
 class Misfit(NamedTuple):
-    """A tensor in a state dict that is no state of the weight that it comes with.
+    """An entry of a state dict that cannot be part of the state of its weight.
 
     Attributes:
-        key: local key to report it under: the one that it came by, or that of our own tensor.
-        value: the tensor, or what is in its place.
-        expected: the shape that it would have to have.
+        key: the local key to report it under: its own, or that of snparam's tensor for it.
+        value: the tensor, or the object in its place.
+        expected: the shape that the tensor would have to have.
     """
 
     key: str
@@ -58,15 +59,16 @@ class Misfit(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """What a state dict has of the state of one weight, as one spelling reads it.
+    """The state of one weight in a state dict, as far as one spelling can read it.
 
     Attributes:
-        u: left singular vectors, (b, j, m) for any j; None if there are none of our matrices.
+        u: left singular vectors, (b, j, m) for any j; None if the state dict has none that belong
+            to the matrices of the weight's view.
         sv: singular values, (b, i) for any i, or None.
-        keys: the local keys that it is read from, and that nobody else is to see any more.
-        sigma: what the network that wrote it divides the weight by: a function from the weight to
-            σ (); None if that is what our u gives.
-        misfits: the tensors of a wrong kind or shape among it, for which nothing of the weight is
+        keys: the local keys that it was read from, which are removed from the state dict.
+        sigma: a function from the weight to the σ () that the network which wrote the state divides
+            it by; None if that is the σ that `u` gives.
+        misfits: the entries of a wrong kind or shape; if there are any, nothing of the weight is
             loaded.
     """
 
@@ -79,13 +81,13 @@ class State:
 
 @dataclass(frozen=True)
 class Spelled:
-    """What stands for one weight in a state dict, in the place of the keys that it has there.
+    """The entries that a spelling writes for one weight, instead of those that a state dict has.
 
     Attributes:
-        parameters: local names and tensors among its owner's parameters.
-        buffers: the same, among its owner's buffers.
+        parameters: tensors by local name, to be placed among the owner's parameters.
+        buffers: the same, among the owner's buffers.
         inner: the same, below `parametrizations.<tensor>.`.
-        metadata: what torch notes for the owner beside them.
+        metadata: additions to the owner's entry in the `_metadata` of the state dict.
     """
 
     parameters: dict[str, Tensor] = field(default_factory=dict)
@@ -97,32 +99,32 @@ class Spelled:
 class Spelling:
     """One way of writing a normalised weight, and its state, under the keys of a state dict.
 
-    Keys are local here: what follows the owner's prefix, `weight` and not `layer4.2.conv3.weight`.
+    Keys are local here: they follow the owner's prefix, `weight` and not `layer4.2.conv3.weight`.
 
     Attributes:
-        name: what `state_dict_for` calls it.
+        name: the name by which `state_dict_for` selects it.
     """
 
     name: str
 
     def weight_key(self, tensor_name: str) -> str:
-        """The key of the weight. One that is not `tensor_name` itself counts before it."""
+        """Return the key of the weight; keys other than `tensor_name` itself take precedence."""
         return tensor_name
 
     def read(self, weight: NormalisedWeight, tensors: Mapping[str, Any]) -> State | None:
-        """The state of a weight, or None where it is not in this spelling.
+        """Return the state of a weight, or None where it is not in this spelling.
 
         Args:
-            weight: the weight, as it is in the model.
-            tensors: what the state dict has for the weight's owner, by local key, as it was passed;
-                without the owner's other tensors.
+            weight: the weight in the model that loads.
+            tensors: the entries of the state dict for the weight's owner, by local key, as they
+                were passed, without those of the owner's other tensors.
         """
 
     def write(self, weight: NormalisedWeight) -> Spelled:
-        """What stands for a weight.
+        """Return the entries for a weight.
 
         Raises:
-            ValueError: if it cannot be expressed.
+            ValueError: if the weight cannot be expressed in this spelling.
         """
         raise NotImplementedError
 
@@ -130,10 +132,12 @@ class Spelling:
         self,
         model: nn.Module,  # noqa: ARG002 - for the spellings that override this
     ) -> Callable[[NormalisedWeight], Spelled]:
-        """What writes each weight of a model: `write`, unless they have something in common.
+        """Return the function that writes each weight of one model: `write`, by default.
+
+        A spelling overrides it if what it writes for one weight depends on the rest of the model.
 
         Raises:
-            ValueError: if the model cannot be expressed.
+            ValueError: if the model cannot be expressed in this spelling.
         """
         return self.write
 
@@ -144,8 +148,8 @@ SPELLINGS: list[Spelling] = []
 def register_spelling(spelling: Spelling) -> None:
     """Let `load_state_dict` of normalised modules read a spelling, and `state_dict_for` write it.
 
-    Where two can read a state, that one does whose key the weight came under, or else the one that
-    was registered first.
+    The spellings under whose key the weight stands are asked first, then the others, each in the
+    order of registration; the first that finds a state reads it.
 
     Raises:
         ValueError: if the name is taken.

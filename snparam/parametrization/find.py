@@ -1,4 +1,4 @@
-"""Which weights are normalised: the one place that knows where a SpectralNorm is kept."""
+"""The normalised weights of a model: the one place that knows where a SpectralNorm is kept."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from snparam.parametrization.spectral_norm import SpectralNorm
 
 @dataclass(frozen=True)
 class NormalisedWeight:
-    """A weight under SpectralNorm, where it is in a model.
+    """A weight under SpectralNorm, and its place in a model.
 
     Attributes:
-        module_name: qualified name of the module that has it, "" for the model itself.
-        owner: that module.
-        tensor_name: name of the weight in it.
-        norm: the SpectralNorm on it.
+        module_name: qualified name of the module that has the weight, "" for the model itself.
+        owner: the module that has the weight.
+        tensor_name: name of the weight in its owner.
+        norm: the SpectralNorm on the weight.
     """
 
     module_name: str
@@ -34,12 +34,12 @@ class NormalisedWeight:
 
     @property
     def prefix(self) -> str:
-        """What the owner's keys in a state dict begin with."""
+        """The prefix of the owner's keys in a state dict."""
         return f"{self.module_name}." if self.module_name else ""
 
     @property
     def list(self) -> Any:
-        """The ParametrizationList that the SpectralNorm is in."""
+        """The ParametrizationList that contains the SpectralNorm."""
         lists: Any = self.owner.parametrizations
         return lists[self.tensor_name]
 
@@ -50,17 +50,17 @@ class NormalisedWeight:
         return original
 
     def __str__(self) -> str:
-        """Qualified name and shape, for errors."""
+        """Return the qualified name and the shape, as errors show them."""
         return f"'{self.name}' {self.norm.view.shape}"
 
 
 def normalised_weights(model: nn.Module, *, every_name: bool = False) -> Iterator[NormalisedWeight]:
-    """Every weight of a model that is under SpectralNorm, in the model's order.
+    """Yield every normalised weight of a model, in the model's order.
 
     Args:
-        model: where to look.
-        every_name: whether a module that has several names is given under each of them, as it is
-            in a state dict, and not under its first name alone.
+        model: the model to search.
+        every_name: whether the weights of a module that has several names are yielded under each of
+            them, as a state dict has them, and not under the first name alone (the default).
     """
     for module_name, module in model.named_modules(remove_duplicate=not every_name):
         for tensor_name, norm in norms_of(module):
@@ -68,7 +68,7 @@ def normalised_weights(model: nn.Module, *, every_name: bool = False) -> Iterato
 
 
 def normalised_states(model: nn.Module) -> list[NormalisedWeight]:
-    """Return the normalised weights of a model, of those that share a state the first alone."""
+    """Return the normalised weights of a model; of those that share a state, only the first."""
     found: dict[int, NormalisedWeight] = {}
     for weight in normalised_weights(model):
         found.setdefault(id(weight.norm), weight)
@@ -76,7 +76,7 @@ def normalised_states(model: nn.Module) -> list[NormalisedWeight]:
 
 
 def norms_of(module: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
-    """Tensor names of a module (not of its children) and the SpectralNorm on each."""
+    """Yield the name of each normalised tensor of a module, not of its children, and its norm."""
     children = module._modules
     if "parametrizations" not in children:  # not `get`, which a TorchScript module's table lacks
         return
@@ -89,15 +89,15 @@ def norms_of(module: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
 
 
 def norm_on(module: nn.Module, tensor_name: str) -> SpectralNorm | None:
-    """The SpectralNorm on a tensor of a module, or None."""
+    """Return the SpectralNorm on a tensor of a module, or None."""
     return dict(norms_of(module)).get(tensor_name)
 
 
 def is_normalised(module: nn.Module) -> bool:
-    """Whether a module has a normalised weight, in it or inside it."""
+    """Return whether a module, or any of its submodules, has a normalised weight."""
     return any(has_norms(part) for part in module.modules())
 
 
 def has_norms(module: nn.Module) -> bool:
-    """Whether a module has a normalised weight of its own."""
+    """Return whether a module itself, not a submodule of it, has a normalised weight."""
     return any(True for _ in norms_of(module))

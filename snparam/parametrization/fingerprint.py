@@ -1,4 +1,4 @@
-"""Telling whether tensors are what they were when something was derived from them."""
+"""The fingerprint of tensors: are they unchanged since something was derived from them?"""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from torch import Tensor
 
 
 class Fingerprint:
-    """The identity of some tensors, and how often each was written to.
+    """The identities of some tensors, and torch's counts of the writes to each.
 
-    It is the one rule of what is kept between forwards: it may be used while the fingerprint of
-    what it was made of matches. Writes that torch does not count, by `.data` and from numpy, it
-    does not see, nor those of fused optimizers.
+    All that snparam keeps between forwards follows one rule: it may be used while the fingerprint
+    of the tensors it was derived from matches. A fingerprint does not see the writes that torch
+    does not count: those by `.data`, from numpy, and of fused optimizers.
     """
 
     __slots__ = ("_tensors", "_versions")
 
     def __init__(self, *tensors: Tensor) -> None:
-        """Take the fingerprint of tensors as they are.
+        """Take the fingerprint of tensors as they are now.
 
-        It holds them: another tensor may come to lie where one that is gone was, and torch swaps no
-        tensors that somebody refers to weakly.
+        It refers to the tensors themselves, and not to their ids, because a new tensor may get the
+        id of one that is gone; and strongly, because torch swaps no tensors that have weak
+        references.
         """
         self._tensors = tensors
         self._versions = tuple(map(version_of, tensors))
@@ -31,5 +32,5 @@ class Fingerprint:
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """Return how often a tensor was written to, or None where torch does not count that."""
+    """Return torch's count of the writes to a tensor, or None for an inference tensor."""
     return None if tensor.is_inference() else tensor._version

@@ -1,9 +1,9 @@
-"""The layer's own forward: what it reads several times moves the state once.
+"""The override of a layer's forward, by which one forward moves a state once.
 
-Attention reads a projection weight several times in a call, and a recurrent layer each of its
-weights. So `forward` is overridden in the class that torch's parametrize has made for the module,
-which makes nothing of an exception and leaves nothing behind when torch removes that class. A read
-by somebody else's forward counts as a forward of its own.
+Attention reads a projection weight several times in one call, and a recurrent layer reads each of
+its weights several times. So `forward` is overridden in the class that torch's parametrize has made
+for the module: the override ends each forward even if it raises, and nothing of it is left when
+torch removes that class. A read by the forward of another module counts as a separate forward.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from snparam.parametrization.spectral_norm import SpectralNorm
 
 
 def bracket_forward(owner: nn.Module) -> None:
-    """Let each forward of a module, whose class is its own, count as one for its weights."""
+    """Override the forward of a module, whose class is its own, to be one forward for its weights.
+
+    All reads of a weight in one call then share one estimate, and move its state once.
+    """
     cls: Any = type(owner)
     base = cls.__bases__[0]
 
@@ -45,7 +48,7 @@ def bracket_forward(owner: nn.Module) -> None:
 
 
 def release_forward(owner: nn.Module) -> None:
-    """Undo `bracket_forward` on a module that other parametrizations are still on."""
+    """Undo `bracket_forward` on a module that still has other parametrizations."""
     if parametrize.is_parametrized(owner) and "forward" in vars(type(owner)):
         del type(owner).forward
 
@@ -53,7 +56,7 @@ def release_forward(owner: nn.Module) -> None:
 def _at_the_map(
     owner: nn.Module, norms: list[SpectralNorm], base: Any, args: Any, kwargs: Any
 ) -> Tensor | None:
-    """Return the output with σ at the linear map, or None where the weight in use is needed."""
+    """Return the output with σ applied at the linear map, or None where the weight is needed."""
     if len(norms) != 1 or len(args) != 1 or kwargs or not norms[0].training:
         return None
     (norm,), (x,) = norms, args
@@ -70,13 +73,13 @@ def _at_the_map(
 
 
 def own_norms(owner: nn.Module) -> list[SpectralNorm]:
-    """Return the different states of a module's own weights."""
+    """Return the states of a module's own weights, each once."""
     return list({id(norm): norm for _, norm in norms_of(owner)}.values())
 
 
 def _traced(owner: nn.Module, norms: list[SpectralNorm], base: Any, args: Any, kwargs: Any) -> Any:
-    # It matters only where a read moves the state which forward it belongs to, and a checkpointed
-    # region in a graph may not change anything in Python.
+    # Which forward a read belongs to matters only where it moves the state, and a checkpointed
+    # region in a graph may change nothing in Python: no other state begins a forward.
     moving = [norm for norm in norms if norm.moves_traced()]
     for norm in moving:
         norm.enter_traced()

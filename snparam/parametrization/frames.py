@@ -1,4 +1,4 @@
-"""What is running: the frames of the interpreter, from one to those that called it."""
+"""Frames of the Python interpreter, from one of them out to its callers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import FrameType
 
 
 def outward(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame, the one that called it, and so on."""
+    """Yield a frame, the frame that called it, and so on to the outermost."""
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -1,8 +1,8 @@
-"""Learned gains and the optimizers that are to train them.
+"""Learned gains, and the optimizers that have to train them.
 
-A conversion with `gain="learned"` makes new Parameters. An optimizer that was built before it has
-the weights and not the gains, and would leave those where they started without a word. torch does
-not say which optimizers there are, but one hook, for all of them, sees each that steps.
+A conversion with `gain="learned"` makes new Parameters. An optimizer that was built before the
+conversion has the weights and not the gains, and would silently leave the gains where they started.
+torch keeps no list of optimizers, but a global hook sees each one that steps.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ def gain_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the learned gains of a network, each once, in the model's order.
 
     They are among `model.parameters()` too. An optimizer that was built before the conversion does
-    not have them, and takes them by
+    not have them; add them by
     `optimizer.add_param_group({"params": snparam.gain_parameters(model), "weight_decay": 0.0})`.
 
     Args:
-        model: a network; without `gain="learned"` it has none, and the list is empty.
+        model: a network.
+
+    Returns:
+        The Parameters γ, each (b,); an empty list if nothing was converted with `gain="learned"`.
     """
     gains: list[Any] = [
         found.norm.gain
@@ -40,20 +43,20 @@ def gain_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def parameter_groups(model: nn.Module, **for_gains: Any) -> list[dict[str, Any]]:
-    """Return parameter groups for an optimizer: all other parameters, and the learned gains.
+    """Return two parameter groups for an optimizer: all other parameters, and the learned gains.
 
         torch.optim.AdamW(snparam.parameter_groups(model, weight_decay=0.0), weight_decay=0.1)
 
-    The options that are passed here hold for the gains alone, and the optimizer's own for all
-    others: in the line above the weights decay and the gains do not.
+    The options that are passed here apply to the gains alone, and the optimizer's own to all other
+    parameters: in the line above the weights decay and the gains do not.
 
     Args:
         model: a network converted with `gain="learned"`.
-        for_gains: options of the gains' group. γ is the norm of a weight: weight decay on it
-            shrinks the layer, which is usually not meant.
+        for_gains: optimizer options for the group of the gains. γ is the norm of a weight, so that
+            weight decay on it shrinks the layer, which is usually not meant.
 
     Returns:
-        Two groups: all other parameters, without options, and the gains, with these.
+        The group of all other parameters, without options, and that of the gains, with `for_gains`.
 
     Raises:
         ValueError: if the model has no learned gain.
@@ -69,8 +72,9 @@ def parameter_groups(model: nn.Module, **for_gains: Any) -> list[dict[str, Any]]
     return [{"params": others}, {"params": gains, **for_gains}]
 
 
-# Gains that no optimizer has been seen to train yet: the module and tensor that each is for, and
-# the optimizers that have trained its weight once without it. And those that are settled.
+# The states whose gain no optimizer has been seen to train: for each, the module and the tensor
+# that it is on, and the optimizers that have stepped the weight once without the gain. `_settled`
+# has those that are no longer watched: trained, frozen, removed, or warned about.
 _unseen: WeakKeyDictionary[SpectralNorm, tuple[ref[nn.Module], str, WeakSet[Optimizer]]] = (
     WeakKeyDictionary()
 )
@@ -93,9 +97,9 @@ register_system(_WatchedGains())
 
 
 def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    """Warn where an optimizer trains a weight again, and nobody its gain.
+    """Warn if an optimizer steps a weight for the second time, and none has stepped its gain.
 
-    Not at its first step: the gains may be in another optimizer, which steps after this one.
+    The first step is too early: the gains may be in another optimizer, which steps after this one.
     """
     if not _unseen:
         return

@@ -1,11 +1,13 @@
 """σ at the linear map: y = (x ⋆ W) · γ/d + b, without making the weight in use.
 
-The value is that of the layer with W · γ/d as its weight, and so are all derivatives. In training,
-for torch's own Linear and Conv1d to Conv3d, it saves a pass over the weight in the forward and two
-in the backward, which owns the gradient that it has made and takes d's part from it in place. Saved
-are x, W, and copies of u, v and σ; neither y nor a scaled copy of anything, so that an activation
-that works in place may follow. Nothing else depends on this file: without it every number is the
-same, up to rounding.
+Here x ⋆ W is the product or convolution of the layer, d the constraint's function of σ that divides
+W (σ itself by default), and γ the gain (1 without one). The value is that of the layer with W · γ/d
+as its weight, and so are all derivatives. In training, for torch's own Linear and Conv1d to Conv3d,
+this saves a pass over the weight in the forward and two in the backward, which owns the gradient
+that it has made and subtracts the part that flows through d in place. Autograd saves x, the
+Parameters, and copies of u, v and d; neither y nor a scaled copy of anything, so that an in-place
+activation may follow. Nothing else depends on this file: without it every number is the same, up to
+rounding.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def is_linear_map(owner: nn.Module, base: type[nn.Module]) -> bool:
 
     Args:
         owner: a module with normalised weights.
-        base: its class, without what torch's parametrize has put in front.
+        base: the class of the module from which torch's parametrize has derived its present one.
     """
     parts: Any = owner._modules["parametrizations"]
     lists = parts._modules.get("weight")
@@ -53,10 +55,15 @@ def is_linear_map(owner: nn.Module, base: type[nn.Module]) -> bool:
 
 
 def may_be_used(owner: nn.Module, norm: SpectralNorm, x: object) -> bool:
-    """Return whether a forward of a linear map now may put σ at the map.
+    """Return whether a forward of a linear map may now apply σ at the map.
 
-    Only where nobody could tell: where plain tensors with gradients are computed, with no tracer,
-    transform, mode, autocast or cache on, and no hook that expects to see the weight.
+    It may where nobody could tell the difference: gradients are on, the tensors are plain ones of
+    one dtype, no tracer, transform, mode, autocast or cache is on, and no hook expects the weight.
+
+    Args:
+        owner: a module for which `is_linear_map` holds.
+        norm: the SpectralNorm on its weight.
+        x: what its forward was called with.
     """
     lists: Any = owner._modules["parametrizations"]._modules["weight"]  # type: ignore[union-attr]
     weight, bias = lists._parameters.get("original"), owner._parameters.get("bias")
@@ -64,7 +71,7 @@ def may_be_used(owner: nn.Module, norm: SpectralNorm, x: object) -> bool:
         norm.training
         and norm._shared is None
         and torch.is_grad_enabled()
-        and torch_private.tracing_state() is None  # first: it would warn of the rest
+        and torch_private.tracing_state() is None  # first: a tracer warns of some of the rest
         and type(x) is Tensor
         and type(weight) is nn.Parameter
         and (bias is None or (type(bias) is nn.Parameter and bias.dtype == weight.dtype))
@@ -87,7 +94,7 @@ def may_be_used(owner: nn.Module, norm: SpectralNorm, x: object) -> bool:
 
 
 def linear_map(owner: nn.Module, norm: SpectralNorm, x: Tensor, reading: Reading) -> Tensor:
-    """Return the module's output, by what the reading's estimate divides by."""
+    """Return the output of a module, with σ of a reading's estimate applied at the linear map."""
     lists: Any = owner._modules["parametrizations"]._modules["weight"]  # type: ignore[union-attr]
     weight, bias, estimate = lists.original, owner._parameters["bias"], reading.estimate
     assert estimate is not None
@@ -108,7 +115,10 @@ def _geometry(owner: nn.Module) -> tuple[Any, ...] | None:
 
 
 class _LinearMap(torch.autograd.Function):
-    """The map of one layer. `setup_context` is left out for the reason that `division` gives."""
+    """The linear map of one layer, with its constraint's factor γ/d, as an autograd Function.
+
+    It has no `setup_context`, for the reason that `division._Divide` gives.
+    """
 
     @staticmethod
     def forward(
@@ -154,7 +164,7 @@ class _LinearMap(torch.autograd.Function):
 
 
 def _scale(divisor: Divisor) -> Tensor:
-    """Return γ/d, ()."""
+    """Return γ/d, of shape ()."""
     if divisor.numerator is None:
         return 1.0 / divisor.value
     return divisor.numerator.detach().reshape(()) / divisor.value
@@ -171,15 +181,17 @@ def _gradients(
     needed: Sequence[bool],
     grad: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients for x, W, b and γ.
+    """Return the gradients for x, W, b and γ, None for those that are not needed.
 
-    With G the gradient for the weight in use, s = γ/d, they are s (g ⋆ W), s (G − slope · ⟨G, W⟩/d
-    · u vᵀ), the sum of g, and ⟨G, W⟩/d. ⟨s G, W⟩ is also ⟨s (g ⋆ W), x⟩: the smaller is taken.
+    With g the gradient for the output (`grad`), G the gradient for the weight in use, and s = γ/d,
+    they are s (g ⋆ W), s (G − slope · ⟨G, W⟩/d · u vᵀ), the sum of g, and ⟨G, W⟩/d. ⟨s G, W⟩ equals
+    ⟨s (g ⋆ W), x⟩; the one over fewer entries is computed.
     """
     scale = _scale(divisor)
     into_x = into_weight = into_bias = into_numerator = None
     needs_map = needed[1] or needed[3]
-    # A number on a CPU is no pass more in a rank-one update; γ's gradient is not scaled by γ.
+    # The gradient for γ needs ⟨G, W⟩, without s. Then `_less` scales G in its rank-one update,
+    # which takes no further pass on a CPU.
     scaled = not needed[3]
     if geometry is None:
         g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -221,7 +233,7 @@ def _gradients(
 def _less(
     g: Tensor, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor | None, rate: Tensor, view: Any
 ) -> Tensor:
-    """Return scale · G − rate · u vᵀ, in G where that lies as the weight does."""
+    """Return scale · G − rate · u vᵀ, written into G if its memory is laid out as the weight's."""
     matrix = view.to_matrix(g, like=weight)
     if rate.is_cpu:
         factor = 1.0 if scale is None else scale.item()
@@ -238,7 +250,7 @@ def _less(
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Return ⟨A, B⟩, entries paired by their places."""
+    """Return the inner product ⟨A, B⟩ of two tensors of one shape, whatever their strides."""
     if a.stride() != b.stride():
         a, b = a.contiguous(), b.contiguous()
     if not a.is_contiguous():
@@ -250,7 +262,8 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 def _product(a: Tensor, b: Tensor, scale: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """Write scale · A B + b to `out`.
 
-    On a CPU the scale is the product's own; elsewhere it multiplies the smallest of the three.
+    On a CPU the scale is the product's alpha. Elsewhere reading it as a number would wait for the
+    device, and it multiplies the smallest of A, B and the product.
     """
     if scale.is_cpu:
         start, alpha = (out if bias is None else bias), scale.item()
@@ -271,9 +284,10 @@ def _product(a: Tensor, b: Tensor, scale: Tensor, out: Tensor, bias: Tensor | No
 
 
 def _needs_the_weight(scale: Tensor, weight: Tensor) -> bool:
-    """Return whether γ/d is so far from 1 that x ⋆ W, or x · γ/d, may leave what the dtype holds.
+    """Return whether γ/d is so far from 1 that x ⋆ W, or x · γ/d, may leave the dtype's range.
 
-    W · γ/d does not. On an accelerator, where reading a number would wait, nobody asks.
+    W · γ/d stays within it. On an accelerator this is False without a look at the number, because
+    reading it would wait for the device.
     """
     if not scale.is_cpu:
         return False
@@ -284,9 +298,9 @@ def _needs_the_weight(scale: Tensor, weight: Tensor) -> bool:
 def _mapped(
     x: Tensor, used: Tensor, bias: Tensor | None, geometry: tuple[Any, ...] | None
 ) -> Tensor:
-    """Return the plain layer's output with a weight in use."""
+    """Return x ⋆ W + b for the weight W in use, as the ordinary layer computes it."""
     if geometry is None:
-        # Of one vector torch's own is a view, which no Function may return unchanged.
+        # For one vector `F.linear` returns a view, which a Function may not return unchanged.
         return F.linear(x.reshape(-1, x.shape[-1]), used, bias).reshape(*x.shape[:-1], len(used))
     convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
     return convolve(x, used, bias, *geometry)  # type: ignore[no-any-return]
@@ -295,7 +309,7 @@ def _mapped(
 def _convolved(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, geometry: tuple[Any, ...]
 ) -> Tensor:
-    """Return scale · (x ⋆ W) + b, the scale at the smallest of the three."""
+    """Return scale · (x ⋆ W) + b, with the scale at the smallest of x, W and the output."""
     stride, padding, dilation, _ = geometry
     outputs = x.shape[0] * weight.shape[0] * math.prod(
         (size + 2 * p - d * (k - 1) - 1) // s + 1
@@ -321,9 +335,19 @@ def _convolution_gradients(
     grad: Tensor,
     scaled: bool,
 ) -> tuple[Tensor | None, Tensor | None, bool]:
-    """Return the gradients for x, scaled, and W, and whether the latter is scaled.
+    """Return the scaled gradient for x, the gradient for W, and whether the latter is scaled.
 
-    The scale is at g where that is no larger than x, as both gradients are then scaled at once.
+    The scale multiplies `grad` where that is no larger than x, because both gradients are then
+    scaled at once.
+
+    Args:
+        x: the input.
+        weight: W.
+        scale: (), γ/d.
+        geometry: stride, padding, dilation and groups.
+        needed: whether the gradient for x, and that for W, is needed.
+        grad: the gradient for the output.
+        scaled: whether the gradient for W may be scaled.
     """
     stride, padding, dilation, groups = geometry
     at_grad = needed[0] and scaled and grad.numel() <= x.numel()
@@ -346,7 +370,7 @@ def _ordinary_gradients(
     needed: Sequence[bool],
     grad: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the ordinary layer, in operations that can be differentiated."""
+    """Return the ordinary layer's gradients for x, W, b and γ, by differentiable operations."""
     differentiable = torch.is_grad_enabled()
     x, weight, bias, numerator = inputs
     assert x is not None and weight is not None  # noqa: PT018

@@ -74,7 +74,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Settings:
-    """Validated options, all present."""
+    """The options of one registration, validated, with a value for each of them."""
 
     num_svs: int = 1
     num_itrs: int = 1
@@ -89,7 +89,12 @@ class Settings:
     constraint: str | None = None
 
     def __post_init__(self) -> None:
-        """Check every value; the error names the option, the value and what is possible."""
+        """Check every value.
+
+        Raises:
+            TypeError: for a value of a wrong type; the error names what is expected.
+            ValueError: for a value that is out of range, or that is no name of a known choice.
+        """
         for name in ("num_svs", "num_itrs"):
             _check_count(name, getattr(self, name))
         if self.blocks is not None and self.blocks != "auto":
@@ -120,18 +125,18 @@ class Settings:
 
     @property
     def constraint_name(self) -> str:
-        """Name of the constraint: as given, or what `gain` and `soft` mean."""
+        """Name of the constraint: `constraint` if given, else what `gain` and `soft` imply."""
         if self.constraint is not None:
             return self.constraint
         return "gain" if self.gain is not None else "bound" if self.soft else "fixed"
 
 
-# What torch's own spectral_norm calls an option.
+# torch's names for options in its own spectral_norm, for the hint in an error.
 _OF_TORCH = {"n_power_iterations": "num_itrs"}
 
 
 def settings_from(num_svs: int, num_itrs: int, options: Mapping[str, Any]) -> Settings:
-    """Settings from what a caller passed.
+    """Return the validated settings for the options that a caller passed.
 
     Raises:
         TypeError: for an unknown option, with the nearest known name, or a value of a wrong type.

@@ -1,4 +1,4 @@
-"""Converging the states of a network anew."""
+"""Refreshing: converging the states of a network anew."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ def refresh(model: nn.Module) -> None:
     """Converge every state of a network to the weights as they are now, as a conversion does.
 
     Training does not need it: a state follows its weight from one forward, or optimizer step, to
-    the next. Call it once where the state is behind and nothing will move it on: after the last
-    training step of a network that `verify` finds too far from what is intended, before it is
-    saved, evaluated or restored; and after weights were written to in a way that nobody sees (by
+    the next. Call it once where the states lag behind and nothing will move them: after the last
+    training step of a network whose norms `verify` finds too far from the intended ones, before it
+    is saved, evaluated or restored; and after writes to weights that torch does not count (by
     `.data`, or from numpy). It costs as much as the conversion did. u and sv are written in place;
-    the originals, and gains, stay what they are, so that the network computes another function to
-    the extent that its estimates were wrong. On sharded weights all ranks have to call it.
+    the originals and the gains stay as they are, so that the network's function changes as far as
+    its estimates were wrong. On sharded weights all ranks have to call it.
 
     Args:
-        model: a network with SpectralNorm on some weights, in either mode.
+        model: a network with SpectralNorm on some of its weights, in training or eval mode.
 
     Raises:
-        ValueError: if it has none, or a weight has NaN or inf; nothing has been changed.
+        ValueError: if the network has no weight under SpectralNorm, or if a weight has NaN or inf;
+            no state has been changed then.
     """
     found = normalised_states(model)
     if not found:

@@ -1,26 +1,27 @@
 """SpectralNorm: the parametrization of one weight, its state, and what moves it.
 
-What holds, and what the rest of the package relies on:
+These invariants hold, and the rest of the package relies on them:
 
 - **The state** is the buffers u (b, k, m) and sv (b, k), and with `update="step"` v (b, k, n),
-  which is not saved: it follows from u and the weight. All are written in place, never replaced, so
-  that `DistributedDataParallel` and compiled graphs see them.
-- **What moves it.** With `update="forward"` the first read in a training forward of the layer. With
-  `update="step"` a hook on every optimizer (see `update`); and, until such a hook has reached the
-  weight or `update(model)` was called, or where others have changed the weight, the first read in a
-  training forward too. Reads in eval mode, under `frozen`, and in a backward pass never move it.
+  which is not saved because it follows from u and the weight. When the state moves, all are written
+  in place and never replaced, so that `DistributedDataParallel` and compiled graphs see them.
+- **What moves the state.** With `update="forward"`, the first read in a training forward of the
+  layer moves it. With `update="step"`, a hook on every optimizer does (see `update`); the first
+  read in a training forward moves it too, until such a hook has reached the weight or
+  `update(model)` was called, and where others have changed the weight. Reads in eval mode, under
+  `frozen`, and in a backward pass never move it.
 - **What is saved for backward** is the original weight and copies of u, v and σ, never a buffer,
-  the weight in use, or a scaled copy. So the state may move, and the weight in use be written to,
-  between a forward and its backward; the original may not.
-- **What is kept between forwards** is what the last update found, with `update="step"`, for as long
-  as the buffers are as it left them (their `Fingerprint` matches). In one forward of the layer all
-  reads of one kind share a tensor.
+  the weight in use, or a scaled copy. So between a forward and its backward the state may move, and
+  the weight in use may be written to; the original may not.
+- **What is kept between forwards**, with `update="step"`, is the estimate of the last update, for
+  as long as the buffers are as it left them (their `Fingerprint` matches). Within one forward of
+  the layer all reads of one kind (see `SpectralNorm.forward`) share a tensor.
 - **What a recomputation repeats** (activation checkpointing) is the estimate that the forward used,
   by the same operations, so that it saves as many tensors; see `activation_checkpointing`.
-- **A copy** has the state and none of what belongs to running forwards; it trusts no hook until one
+- **A copy** has the state and nothing that belongs to running forwards; it trusts no hook until one
   has reached it. **A move** to another device or dtype keeps the state up to rounding. **A load**
-  leaves u and sv as they were loaded: the next training forward divides by that sv, and moves
-  nothing.
+  leaves u and sv as they were loaded; with `update="step"` the next training forward divides by
+  that sv, and moves nothing.
 """
 
 from __future__ import annotations
@@ -78,21 +79,23 @@ _TRANSIENT = (
     "number",
 )
 
-# Of states, in the order in which they were made, which is the same on all ranks.
+# Numbers states in the order in which they are made. That order is the same on all ranks, which
+# have to move the states of sharded weights in one order.
 _numbers = count()
 
-# All states with `update="step"` that there are, copies included, for the hooks of `update`.
+# Every state with `update="step"` that is alive, copies included, for the hooks of `update`.
 STEPWISE: WeakSet[SpectralNorm] = WeakSet()
 
 
 class Reading:
-    """What one forward has read of one weight.
+    """The reads of one weight in one forward of its layer, which share one estimate.
 
     Attributes:
-        estimate: what it was normalised by, once the state has moved or something was repeated.
-        values: the weight in use, by what tells one kind of read from another, with the weight that
-            it was made of.
-        at_map: whether it is used at the linear map, and not for the weight.
+        estimate: the estimate that the forward uses; None before its first read, and in eval mode.
+        values: for each kind of read (see `SpectralNorm.forward`), the original and the weight in
+            use that was computed from it.
+        at_map: whether the forward applies σ at the linear map instead of computing the weight in
+            use.
         regions: the checkpointed regions that have kept the estimate.
     """
 
@@ -106,21 +109,23 @@ class Reading:
 
 
 class SpectralNorm(nn.Module):
-    """The parametrization W → W / σ(W) of one weight, or what another constraint makes of it.
+    """The parametrization W → W / σ(W) of one weight, or another constraint on its σ.
 
-    A training forward takes `num_itrs` steps from `u` and stores u and sv in place. A forward in
-    eval mode takes one step from `u` and stores nothing. Arithmetic is in float32 at least, with
-    autocast off; the result has the weight's dtype. The options it was registered with are
-    attributes that can be read and not set: `num_svs`, `num_itrs`, `blocks`, and so on.
+    A training forward takes `num_itrs` steps from `u` and stores u and sv in place; with
+    `update="step"` an optimizer's step does so instead. A forward in eval mode takes one step from
+    `u` and stores nothing. Arithmetic is in float32 at least, with autocast off; the result has the
+    weight's dtype. The options of the registration are attributes that can be read and not set:
+    `num_svs`, `num_itrs`, `blocks`, and so on.
 
     Attributes:
         u: buffer, (b, k, m): estimates of the top k left singular vectors of each block, as rows.
         v: buffer, (b, k, n), with `update="step"` only, not saved: the right singular vectors.
-        sv: buffer, (b, k): estimates of the singular values. For looking at.
+        sv: buffer, (b, k): estimates of the singular values. With `update="forward"` no forward
+            reads them; with `update="step"` training forwards divide by the first.
         gain: γ, (b,), with `gain="learned"` (a Parameter) or `"fixed"` (a buffer) only.
         view: how the weight is read as a stack of matrices (b, m, n).
-        settings: the options it was registered with.
-        name: what errors call the weight.
+        settings: the options of the registration.
+        name: the name of the weight in errors.
 
     Source: Miyato et al. 2018 for k = 1; Brock, Donahue and Simonyan 2019 for the top k.
     """
@@ -131,14 +136,14 @@ class SpectralNorm(nn.Module):
     gain: Tensor
 
     def __init__(self, view: View, settings: Settings, u: Tensor, sv: Tensor, name: str) -> None:
-        """Take over a state; `register_sn` and `convert_model` make one.
+        """Make the parametrization with a given state; users call `register_sn` or `convert_model`.
 
         Args:
-            view: how the weight is read.
+            view: how the weight is read as a stack of matrices (b, m, n).
             settings: validated options.
-            u: (b, k, m), where to start.
-            sv: (b, k), the singular values that belong to it.
-            name: what errors call the weight.
+            u: (b, k, m), the left singular vectors to start from.
+            sv: (b, k), the singular values that belong to them.
+            name: the name of the weight in errors.
         """
         super().__init__()
         self.view = view
@@ -161,7 +166,7 @@ class SpectralNorm(nn.Module):
         self._begin()
 
     def _begin(self) -> None:
-        """Begin without any running forward, and with no reason to trust a hook."""
+        """Reset the transient attributes: no forward is running, and no hook is trusted."""
         self._readings: dict[int, Reading] = {}
         self._traced_readings: list[Reading] = []
         self._shared: Reading | None = None
@@ -170,10 +175,10 @@ class SpectralNorm(nn.Module):
         self._last: Estimate | None = None
         self._trusted = False
         self._loaded = False
-        # By how the weight is sharded: FSDP2 has one that it shards and one that it has gathered.
+        # By `_placement`, because FSDP2 has a sharded and a gathered tensor for one weight.
         self._known: dict[object, Fingerprint] = {}
         self._current: tuple[Fingerprint, tuple[int, ...], Estimate] | None = None
-        # Weakly, or a model that nobody refers to would wait for the garbage collector.
+        # Weak references, or a model that is no longer used would wait for the garbage collector.
         self._homes: list[tuple[ReferenceType[nn.Module], str]] = []
         self.moved_at = -1
         self.number = next(_numbers)
@@ -183,7 +188,10 @@ class SpectralNorm(nn.Module):
     # Copies and moves
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
-        """Copy the state, and not what belongs to running forwards and running training."""
+        """Return a copy of the state, with the transient attributes reset.
+
+        It is on the copies of the modules that this one is on, as far as they are copied with it.
+        """
         new: SpectralNorm = self.__new__(type(self))
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(self.__getstate__(), memo)
@@ -193,16 +201,16 @@ class SpectralNorm(nn.Module):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy has too."""
+        """Return the attributes that a copy takes along."""
         return {key: value for key, value in self.__dict__.items() if key not in _TRANSIENT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take up a copied state."""
+        """Restore copied attributes, and reset the transient ones."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._begin()
 
     def _apply(self, *args: Any, **kwargs: Any) -> SpectralNorm:
-        """Move to another device or dtype; a gain stays as it is where the dtype cannot hold it."""
+        """Move to another device or dtype; a gain keeps its dtype if the new one cannot hold it."""
         before = {name: getattr(self, name).detach() for name in self._parameter_names}
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._current = self._last = None
@@ -212,15 +220,15 @@ class SpectralNorm(nn.Module):
                 now.data = gain_in(now.dtype, value.to(now.device))
         return self
 
-    # Where it is
+    # The weights that it is on
 
     def at(self, owner: nn.Module, name: str) -> None:
-        """Note that this is on the tensor `name` of a module; a shared state is on several."""
+        """Note that this is on the tensor `name` of a module; tied weights share one state."""
         if not any(home() is owner and tensor == name for home, tensor in self._homes):
             self._homes.append((ref(owner), name))
 
     def left(self, owner: nn.Module, name: str) -> None:
-        """Note that this was taken off a tensor."""
+        """Note that this was taken off the tensor `name` of a module."""
         self._homes = [
             (home, tensor)
             for home, tensor in self._homes
@@ -245,7 +253,12 @@ class SpectralNorm(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight in use, of the shape and dtype of `weight`.
 
-        Within one forward of the layer the first read makes it and later ones of its kind share it.
+        Within one forward of the layer, the first read of each kind computes it, and later reads of
+        that kind share it. Reads are of one kind if they agree in grad mode (and saved-tensors
+        hooks, or inference mode), in training mode, and in the version of the weight.
+
+        Args:
+            weight: the original, of the view's shape.
         """
         if is_compiling():
             return self._read_traced(weight)
@@ -266,10 +279,13 @@ class SpectralNorm(nn.Module):
         return value
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Return what to store when a value is assigned to the weight: the value.
+        """Converge the state to a value that is assigned to the weight, and return it to be stored.
 
-        The state converges to it. A Parameter is no value that somebody assigns, but the weight of
-        a module that torch registers this on as well; the state stays that of its own weight.
+        torch passes a Parameter where it registers this parametrization on another module's weight
+        as well; the state then stays that of its first weight.
+
+        Args:
+            value: of the weight's shape and dtype, finite.
 
         Raises:
             ValueError: if the value has another shape or dtype, or is not finite.
@@ -286,15 +302,16 @@ class SpectralNorm(nn.Module):
         return value
 
     def estimate(self, weight: Tensor, reading: Reading | None = None) -> Estimate:
-        """Return what a read now normalises a weight by, moving the state if that is due.
+        """Return the estimate by which a read now normalises a weight, moving the state if due.
 
         Args:
             weight: the original.
-            reading: what the forward that reads has read so far; None is a forward of its own.
+            reading: the reads of the running forward of the layer; None for a read outside of one,
+                which counts as a separate forward.
         """
         reading = reading or Reading()
         if reading.estimate is not None:
-            # For a region that has begun since.
+            # A checkpointed region may have begun since the estimate was found.
             keep(self, reading.estimate, reading.at_map, reading.regions)
             return reading.estimate
         if not self.training:
@@ -315,7 +332,7 @@ class SpectralNorm(nn.Module):
             return self._applied(weight, self.estimate(weight, reading))
 
     def _applied(self, weight: Tensor, estimate: Estimate) -> Tensor:
-        # In eval mode by torch's own operations: TorchScript saves no autograd Function.
+        # In eval mode by torch's own operations alone, because TorchScript saves no Function.
         return self._constraint.apply(
             weight, estimate, self.parameters_of_constraint, self.settings, self.view,
             plain=not self.training,
@@ -323,20 +340,20 @@ class SpectralNorm(nn.Module):
 
     @property
     def parameters_of_constraint(self) -> dict[str, Tensor]:
-        """The tensors that the constraint keeps beside the state, by name."""
+        """The tensors that the constraint keeps beside the state (a gain's γ), by name."""
         return {name: getattr(self, name) for name in self._parameter_names}
 
-    # What is found, and stored
+    # Finding estimates, and storing them
 
     @torch.no_grad()
     def _unstored(self, weight: Tensor) -> Estimate:
-        """Return what one step finds, and store nothing: it makes u all that eval depends on."""
+        """Return the estimate of one step, and store nothing: eval then depends on u alone."""
         stack = stack_of(weight.detach(), self.view)
         return self._estimator.read(stack, self.u.to(stack.dtype), self.settings.eps)
 
     @torch.no_grad()
     def _found(self, weight: Tensor) -> Estimate:
-        """Return what a training forward divides by, moving the state if that is due."""
+        """Return the estimate that a training forward uses, moving the state if that is due."""
         stepwise = self.settings.update == "step"
         if stepwise and self._is_up_to_date(weight):
             found = self._stored(weight)
@@ -350,25 +367,29 @@ class SpectralNorm(nn.Module):
         return found
 
     def _is_up_to_date(self, weight: Tensor) -> bool:
-        """Return whether the stored state is what a training forward divides by, with no step."""
+        """Return whether a training forward is to divide by the stored state, without a step.
+
+        A loaded state is up to date for one training forward, the one that calls this; forwards
+        under `frozen` do not count.
+        """
         if not (self._trusted or self._loaded):
             return False
         self._loaded = self._loaded and bool(self._frozen)
         known = self._known.get(_placement(weight))
         if known is None and self._known:
-            # Seen for the first time beside another, as FSDP2's gathered weight is.
+            # Seen for the first time beside a known one, as FSDP2's gathered weight is: no change.
             self._know_weight(weight)
             return True
         return known is not None and known.matches(weight)
 
     def _know_weight(self, weight: Tensor) -> None:
-        # What is passed in, and no Parameter, belongs to one call.
+        # A tensor that is no Parameter was passed in (by functional_call, say), for one call.
         if isinstance(weight, nn.Parameter):
             self._known[_placement(weight)] = Fingerprint(weight)
 
     @torch.no_grad()
     def move(self, weight: Tensor) -> Estimate:
-        """Take `num_itrs` steps on a weight, and store what they find."""
+        """Move the state by `num_itrs` steps on a weight, and return the estimate."""
         stack, settings = stack_of(weight.detach(), self.view), self.settings
         us = [self.u.to(stack.dtype)]
         (found,) = self._estimator.move([stack], us, settings.num_itrs, settings.eps)
@@ -379,36 +400,36 @@ class SpectralNorm(nn.Module):
         return found
 
     def know(self, weight: Tensor, found: Estimate) -> None:
-        """Note that the buffers are now what was found for a weight as it is now."""
+        """Note that the buffers hold the estimate that was found for a weight as it is now."""
         self._loaded = False
         self._known.clear()
         self._know_weight(weight)
         self._keep_current(weight, found)
 
     def trust(self, clock: int) -> None:
-        """Rely on optimizers' hooks from now on: one has reached the weight, at this time."""
+        """Rely on the hooks of `update` from now on: they have moved the state, at this time."""
         self._trusted = True
         self.moved_at = clock
 
     def knows(self, weight: Tensor) -> bool:
-        """Return whether the state was last moved for a weight as it is now."""
+        """Return whether the weight is unchanged since the state was last moved for it."""
         known = self._known.get(_placement(weight))
         return known is not None and known.matches(weight)
 
     def stored(self) -> tuple[Tensor, ...]:
-        """Return the buffers u, v and sv, with `update="step"`."""
+        """Return the buffers u, v and sv; with `update="step"` only, as v is missing otherwise."""
         buffers: Any = self._buffers
         return buffers["u"], buffers["v"], buffers["sv"]
 
     def _stored(self, weight: Tensor) -> Estimate:
-        """Return what is in the buffers, without a step, in tensors that no update writes to."""
+        """Return the estimate in the buffers, without a step, as copies that no update changes."""
         order = self.view.order_for(weight)
         current = self._current
         if current is not None and current[1] == order and current[0].matches(*self.stored()):
             return current[2]
-        # New, loaded or moved; or written to by others, who then mean it to be used.
+        # The buffers are new, loaded or moved, or were written to by others, to be used.
         u, v, sv = (x.to(compute_dtype(x.dtype), copy=True) for x in self.stored())
-        if current is not None and current[1] != order:  # of v, which lies as the weight did
+        if current is not None and current[1] != order:  # v has the former order of columns
             stack = stack_of(weight.detach(), self.view)
             v = right_vectors(left_product(stack, u.to(stack.dtype)), self.settings.eps)
         found = Estimate.of(u, v, sv)
@@ -426,8 +447,8 @@ class SpectralNorm(nn.Module):
     def _read_traced(self, weight: Tensor) -> Tensor:
         """Return the weight in use, in a graph that is being compiled.
 
-        What is computed twice the compiler finds by itself; it matters only where a read moves the
-        state which forward it belongs to.
+        The compiler itself merges operations that are repeated. Which forward of the layer a read
+        belongs to matters only where it moves the state.
         """
         readings = self._traced_readings
         reading = self._shared or (readings[-1] if readings else None)
@@ -453,7 +474,7 @@ class SpectralNorm(nn.Module):
             return self._unstored(weight)
         if self._loaded and not self._frozen and region_around_compilation() is None:
             self._loaded = False
-        # The graph takes the buffers as its inputs, in place, whatever they hold.
+        # The buffers are inputs of the graph, which uses what they hold whenever it runs.
         with torch.no_grad():
             return Estimate.of(self.u.clone(), self.v.clone(), self.sv.clone())
 
@@ -464,11 +485,12 @@ class SpectralNorm(nn.Module):
     def moves_traced(self) -> bool:
         """Return whether a forward in a graph that is being compiled moves the state.
 
-        A region that is checkpointed is recomputed, and moves none; with `update="step"` its
-        forwards take a step that is not stored, until an optimizer has reached the weight.
+        In a checkpointed region, whose recomputation would move it again, it does not: with
+        `update="step"` forwards there take a step that is not stored, until an optimizer has
+        reached the weight.
 
         Raises:
-            RuntimeError: if it would have to, in a checkpointed region.
+            RuntimeError: with `update="forward"`, in a checkpointed region.
         """
         if not self.training or self._frozen or self._is_pure_traced():
             return False
@@ -478,17 +500,17 @@ class SpectralNorm(nn.Module):
         return True
 
     def reading(self) -> Reading:
-        """Return what the running forward of the layer in this thread has read."""
+        """Return the reads of the forward of the layer that runs in this thread."""
         return self._readings[get_ident()]
 
     def enter(self, thread: int) -> Reading | None:
-        """Begin a forward of the layer in a thread, and return the one around it."""
+        """Begin a forward of the layer in a thread; return the reads of the one around it."""
         around = self._readings.get(thread)
         self._readings[thread] = Reading()
         return around
 
     def leave(self, thread: int, around: Reading | None) -> None:
-        """End what `enter` began."""
+        """End the forward that `enter` began; `around` is what `enter` returned."""
         if around is None:
             self._readings.pop(thread, None)
         else:
@@ -499,19 +521,25 @@ class SpectralNorm(nn.Module):
         self._traced_readings.append(Reading())
 
     def leave_traced(self) -> None:
-        """End what `enter_traced` began; tensors held where a graph ends would be its outputs."""
+        """End the forward that `enter_traced` began, and let go of its tensors.
+
+        Tensors that are still held where a graph ends would become outputs of it.
+        """
         reading = self._traced_readings.pop()
         reading.values.clear()
         reading.estimate = None
 
-    # What others ask of it
+    # What the rest of the package calls
 
     def freeze(self, on: bool) -> None:
-        """Begin or end a stretch in which no read moves the state; stretches nest."""
+        """Begin (`on`) or end a period in which no read moves the state; periods nest."""
         self._frozen += 1 if on else -1
 
     def share(self, on: bool) -> None:
-        """Begin or end a stretch in which all reads, in all threads, are one; stretches nest."""
+        """Begin (`on`) or end a period in which all reads, in all threads, share one weight.
+
+        Periods nest.
+        """
         self._sharing += 1 if on else -1
         if not self._sharing:
             self._shared = None
@@ -530,7 +558,7 @@ class SpectralNorm(nn.Module):
 
     @torch.no_grad()
     def loaded(self, weight: Tensor) -> None:
-        """Take u, sv and the weight as they are now: they came from elsewhere, together."""
+        """Take u and sv for the state of the weight, as a load has left all three."""
         self._current = self._last = None
         self._known.clear()
         self._trusted = False
@@ -544,16 +572,16 @@ class SpectralNorm(nn.Module):
     def _keep_v(self, v: Tensor) -> None:
         if self.v.dtype == self.u.dtype and self.v.device == self.u.device:
             self.v.copy_(v)
-        else:  # loading with assign=True may have replaced u by one of another kind
+        else:  # loading with assign=True may have given u another device or dtype
             self.v = v.to(self.u.device, self.u.dtype)
 
     @torch.no_grad()
     def start_parameters(self, weight: Tensor) -> None:
-        """Start a gain at the σ that the next forward finds, so that γ W / σ is W."""
+        """Start a gain at the σ that the next eval forward divides by, so that γ W / σ is W."""
         for name in self._parameter_names:
             parameter, sigma = getattr(self, name), self.sigma_of(weight)
             start, _ = self._constraint.parameters(sigma, self.settings)[name]
-            # Of the weight's dtype, as wrappers that flatten parameters ask for, if σ fits into it.
+            # In the weight's dtype, if σ fits into it: wrappers that flatten parameters want one.
             parameter.data = gain_in(real_dtype(weight.dtype), start)
             parameter.requires_grad_(isinstance(parameter, nn.Parameter) and weight.requires_grad)
 
@@ -563,14 +591,14 @@ class SpectralNorm(nn.Module):
         return self._unstored(weight).sigma.reshape(-1).to(self.sv.dtype)
 
     def promised_norm(self, sigma: Tensor) -> Tensor:
-        """Return the norm (b,) that a weight with the given σ (b,) has in use."""
+        """Return the norm (b,) that the constraint promises the weight in use, given its σ (b,)."""
         parameters = {
             name: gathered(parameter) for name, parameter in self.parameters_of_constraint.items()
         }
         return self._constraint.norm(sigma, parameters, self.settings)
 
     def extra_repr(self) -> str:
-        """Return options and shape, for printing."""
+        """Return the options and the shape (b, m, n) of the matrices, for printing."""
         default = Settings()
         given = [
             f"{field.name}={getattr(self.settings, field.name)!r}"
@@ -588,7 +616,7 @@ def _placement(weight: Any) -> object:
 
 
 def _normal_tensors(weight: Tensor) -> AbstractContextManager[object]:
-    """Return a context that makes tensors, in inference mode too, which later reads can use."""
+    """Return a context in which even inference mode makes tensors that autograd can use later."""
     if is_inference_mode_enabled() and not weight.is_inference():
         return torch.inference_mode(False)
     return nullcontext()
@@ -602,13 +630,15 @@ def _tracing_constant_shapes() -> Iterator[None]:
 
 
 def _constant_shapes() -> AbstractContextManager[object]:
-    """Return a context in which TorchScript does not warn that shapes of a weight decide."""
+    """Return a context in which tracing does not warn of branches on the shape of a weight."""
     if torch_private.tracing_state() is None:
         return nullcontext()
     return _tracing_constant_shapes()
 
 
 def _option(name: str) -> property:
+    """Return a property that reads an option from the settings and refuses to set it."""
+
     def read(self: SpectralNorm) -> Any:
         return self.u.shape[1] if name == "num_svs" else getattr(self.settings, name)
 
@@ -622,16 +652,16 @@ def _option(name: str) -> property:
 
 
 for _field in fields(Settings):
-    if _field.name != "gain":  # which is γ itself
+    if _field.name != "gain":  # the attribute `gain` is γ itself
         setattr(SpectralNorm, _field.name, _option(_field.name))
 
 
 def _held(estimate: Estimate) -> Estimate:
-    """Return the first vectors and σ₁ of an estimate, kept by a compiler for the backward pass.
+    """Return the first vectors and σ₁ of an estimate such that a compiler saves them for backward.
 
-    A compiler recomputes what is cheap rather than keep it, here a step, in the backward pass: from
-    the buffer, which by then has moved on (github.com/pytorch/pytorch/pull/197039). Concatenations
-    it always keeps.
+    A compiler prefers to recompute cheap operations in the backward pass, here a step, from the
+    buffer, which by then has moved on (github.com/pytorch/pytorch/pull/197039). The results of
+    concatenations it always saves.
     """
     u, v, sigma = estimate.u[:, 0], estimate.v[:, 0], estimate.sigma
     both = torch.cat([u, v, sigma.reshape(-1, 1).to(u.dtype)], 1)

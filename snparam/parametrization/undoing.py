@@ -1,4 +1,4 @@
-"""All or nothing: modules are put back as they were if something fails on the way."""
+"""All-or-nothing changes: modules are put back as they were if an exception interrupts one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 
 from torch import nn
 
-# Where a module keeps its tensors, its children and its hooks, and which buffers are not saved.
+# The tables in which a module keeps its tensors, its children, its hooks, and the names of those
+# buffers that are not saved.
 _TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)]
 
 
 @contextmanager
 def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it, modules change together: an exception leaves each as it was at the beginning.
+    """Put modules back as they were at the beginning if an exception ends the context.
 
-    That is its class, its attributes, and which tensors, children and hooks it has, in their order.
-    Values of tensors are not looked at.
+    The class of each module, its attributes, and its tensors, children and hooks, in their order,
+    are restored. Values of tensors are not.
     """
     before = [_Module(module) for module in modules]
     try:
@@ -30,7 +31,7 @@ def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class _Module:
-    """What a module was."""
+    """The class, the attributes and the tables of a module at one time."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.type, self.attributes = module, type(module), dict(vars(module))
@@ -42,7 +43,7 @@ class _Module:
             self.module.__class__ = self.type
         _fill(vars(self.module), self.attributes)
         for table, content in self.tables:
-            # In place: handles of hooks know the tables, not the module.
+            # In place, because handles of hooks refer to the tables and not to the module.
             _fill(table, content)
 
 

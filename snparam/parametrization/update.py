@@ -1,9 +1,9 @@
 """`update="step"`: states move once after each step of an optimizer, all of them together.
 
-Two hooks are registered with torch, for all optimizers, when the first such state is made: fused
-optimizers leave a weight's version counter alone, and comparing values would wait for the
-device, so that nothing else tells every change. They look for the Parameter that each state is on
-at the time of the step, because wrappers replace Parameters.
+Two hooks for all optimizers are registered with torch when the first such state is attached.
+Only a hook sees every step: fused optimizers leave a weight's version counter alone, and comparing
+values would wait for the device. The hooks look up the Parameter behind each state at the time of
+the step, because wrappers replace Parameters.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ from snparam.matrices.stacks import stack_of
 from snparam.parametrization.find import normalised_states
 from snparam.parametrization.spectral_norm import STEPWISE, SpectralNorm
 
-# Matrices of at most this many entries are moved together with others of their shape. Stacking
-# copies them, which costs less than a step's operations one by one only while they are small: a
-# step on a CPU, and a launch on an accelerator, cost as much as this many entries copied.
+# Weights of at most this many entries, by device type (`_ELSEWHERE` for all other types), are moved
+# together with others of their shape. Stacking copies them, which costs less than the operations of
+# a step for each of them only while they are small: a step on a CPU, and a launch on an accelerator,
+# cost as much as copying this many entries.
 _STACKED_ENTRIES = {"cpu": 1 << 14}
 _ELSEWHERE = 1 << 21
 
-# When each optimizer began its step, and the hooks: global, because torch's optimizers do not know
-# the modules that they train.
+# The time at which each optimizer began its step, by a clock that counts, and the handles of the
+# hooks. They are global because torch's optimizers do not know the modules that they train.
 _began: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 _clock = count()
 _handles: list[object] = []
 
 
 def watch_optimizers() -> None:
-    """Let the steps of all optimizers move states, from now on."""
+    """Register the hooks by which the steps of all optimizers move states, if they are not yet."""
     if not _handles:
         # A compiled optimizer step leaves its graph for the hooks.
         disable: Any = torch.compiler.disable
@@ -56,8 +57,11 @@ def watch_optimizers() -> None:
 def update(model: nn.Module) -> None:
     """Move every state with `update="step"` by `num_itrs` steps, on the weights as they are now.
 
-    torch's optimizers do this by themselves. It is left to you after writes that nobody can see,
-    by `.data` or from numpy, to weights that an optimizer trains.
+    A step of one of torch's optimizers does this by itself. Call it after writes that torch does
+    not count, by `.data` or from numpy, to weights that an optimizer trains.
+
+    Args:
+        model: a network with weights that were registered with `update="step"`.
 
     Raises:
         ValueError: if the model has no weight registered with `update="step"`.
@@ -88,7 +92,8 @@ def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     due = []
     for norm in list(STEPWISE):
         original = next((one for one in norm.originals() if id(one) in stepped), None)
-        # Optimizers nest: what an inner one has moved, and nobody has changed since, is up to date.
+        # Optimizers nest: a state that an inner one has moved in this step is up to date, unless its
+        # weight has changed since.
         if original is not None and not (norm.moved_at > began and norm.knows(original)):
             due.append((norm, original))
     _move_all(due)
@@ -96,7 +101,7 @@ def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
 
 @torch.no_grad()
 def _move_all(pairs: Iterable[tuple[SpectralNorm, Tensor]]) -> None:
-    """Move states on their weights, those that are alike together, and let them trust the hooks."""
+    """Move states on their weights, one group after another, and let them trust the hooks."""
     groups: dict[Hashable, list[tuple[SpectralNorm, Tensor]]] = {}
     for norm, weight in sorted(pairs, key=lambda pair: pair[0].number):
         groups.setdefault(_company(norm, weight), []).append((norm, weight))
@@ -108,7 +113,7 @@ def _move_all(pairs: Iterable[tuple[SpectralNorm, Tensor]]) -> None:
 
 
 def _company(norm: SpectralNorm, weight: Tensor) -> Hashable:
-    """Return what states that are moved together have in common."""
+    """Return a key by which states are grouped: those with equal keys are moved together."""
     settings = norm.settings
     common = (weight.dtype, weight.device, settings.num_itrs, settings.eps, settings.sigma)
     if is_sharded(weight):
@@ -120,6 +125,7 @@ def _company(norm: SpectralNorm, weight: Tensor) -> Hashable:
 
 
 def _move_together(group: list[tuple[SpectralNorm, Tensor]]) -> None:
+    """Move the states of one group, on their weights, and store what was found."""
     settings, (_, weight) = group[0][0].settings, group[0]
     with without_autocast(weight):
         stacks = [stack_of(weight.detach(), norm.view) for norm, weight in group]
