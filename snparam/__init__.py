@@ -1,4 +1,4 @@
-"""snparam: hold the spectral norm of a PyTorch network's weights."""
+"""snparam holds the spectral norm of a PyTorch network's weights: the public names."""
 
 from snparam.checkpoints import load, spellings  # noqa: F401 - these register themselves
 from snparam.checkpoints.optimizer_state import optimizer_state_dict_for
@@ -57,5 +57,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names."""
+    """Return the public names."""
     return sorted([*__all__, "__version__"])

@@ -1,1 +1,1 @@
-"""Whole models: what is to be converted, converting it, and the way back."""
+"""Whole models: the plan of a conversion, the conversion, and the return to an ordinary model."""

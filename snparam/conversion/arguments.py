@@ -12,20 +12,20 @@ from torch import nn
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _ARGUMENTS_DOC = """\
-include: module types and name patterns, one or several; only the weights in modules that match one
-    are converted, and weights that a pattern names. A pattern is matched by whole path segments
-    from the root: `layers.1` does not match `layers.10`; `*` matches anything within a segment,
-    `**` any number of segments. None (the default) includes everything.
+include: module types and name patterns, one or several; only the weights inside modules that
+    match one are converted, and weights that a pattern names. A pattern is matched by whole
+    path segments from the root: `layers.1` does not match `layers.10`; `*` matches anything
+    within a segment, `**` any number of segments. None (the default) includes everything.
 exclude: module types and name patterns of what is left alone; it wins over `include`.
-filter_fn: `filter_fn(module, qualified_name) -> bool`, called for modules with eligible weights;
-    True means convert.
-preset: name of a choice of what is left alone, see docs/presets.md:
-    "gan-discriminator", "gan-generator", "keep-head", "attention", "sigma-reparam" or "sngp".
-    `include`, `exclude` and `filter_fn` leave out more. None (the default) leaves out nothing.
+filter_fn: `filter_fn(module, qualified_name) -> bool`, called for modules with eligible
+    weights; True means convert.
+preset: name of a choice of what is left alone, see docs/presets.md: "gan-discriminator",
+    "gan-generator", "keep-head", "attention", "sigma-reparam" or "sngp". `include`, `exclude`
+    and `filter_fn` leave out more. None (the default) leaves out nothing.
 replace: whether to take over weights that are under torch's own spectral norm
-    (`parametrizations.spectral_norm` or the deprecated hook), with the same Parameter and its u,
-    instead of skipping them. Default True. Weights under any other parametrization are always
-    skipped.
+    (`parametrizations.spectral_norm` or the deprecated hook), with the same Parameter and its
+    u, instead of skipping them. Default True. Weights under any other parametrization are
+    always skipped.
 progress: a progress bar on stderr (tqdm, extra `progress`): None (the default) shows it on a
     terminal once the work has taken two seconds, True always, False never."""
 
@@ -44,10 +44,14 @@ def documents_arguments(function: _Function) -> _Function:
 
 
 def check_model(model: Any, function: str) -> None:
-    """Raise if what a function was called with is no module.
+    """Raise if the argument that a function takes for a model is no `nn.Module`.
+
+    Args:
+        model: the argument.
+        function: name of the function that was called, for the error.
 
     Raises:
-        TypeError: with what it is, what is expected, and what to do.
+        TypeError: with the argument's type, the expected one, and what to do.
     """
     if isinstance(model, nn.Module):
         return
@@ -69,7 +73,7 @@ def check_model(model: Any, function: str) -> None:
 def check_count_is_no_name(num_svs: Any) -> None:
     """Raise if the name of a tensor was passed in the place of the number of singular values.
 
-    torch's own `spectral_norm(module, "weight")` takes it there.
+    The second argument of torch's own `spectral_norm(module, "weight")` is the name.
 
     Raises:
         TypeError: with the argument that takes the name.

@@ -1,4 +1,4 @@
-"""A whole model: its conversion."""
+"""The conversion of a whole model, as its plan says."""
 
 from __future__ import annotations
 
@@ -38,17 +38,18 @@ def convert_model(
 ) -> _ModuleT:
     """Hold the spectral norm of every eligible weight of a network at 1, in place.
 
-    Carries out exactly what `plan_conversion` with the same arguments shows; see `register_sn` for
-    what happens to one weight. The Parameters stay the same objects, so that an optimizer made
+    The conversion does exactly what `plan_conversion` with the same arguments shows; `register_sn`
+    says what happens to one weight. The Parameters stay the same objects, so that an optimizer made
     before still trains them. Converting again with the same options changes nothing. Weights that
     modules share stay shared, with one state. Dividing by σ changes the function that the network
     computes.
 
-    A weight with fewer than `num_svs` singular values tracks those it has, which the plan says: one
-    number is said for layers of all sizes. (`register_sn`, where it is said of one layer, raises.)
+    Where a weight has fewer than `num_svs` singular values, all of them are tracked, and the plan
+    says so: the number is given for layers of all sizes. (`register_sn`, where it is given for one
+    layer, raises.)
 
-    Initialise before. What is written to `layer.weight` in place afterwards, by `nn.init` or
-    `.data`, is lost, because it is computed at each read; `layer.weight = tensor` and
+    Initialise a network before its conversion. Afterwards `layer.weight` is computed at each read,
+    so that what `nn.init` or `.data` write to it in place is lost; `layer.weight = tensor` and
     `layer.reset_parameters()` reach the original.
 
     Args:
@@ -60,16 +61,18 @@ def convert_model(
         The model.
 
     Warns:
-        UserWarning: if nothing was converted, with the module types seen; or if more than half of
-            the entries of all parameters of two or more dimensions are of layers that the layer
-            table does not know, with the calls that would add them.
+        UserWarning: if nothing was converted, with the reasons or the module types; or if more than
+            half of the entries of all parameters of two or more dimensions belong to layers that
+            the layer table does not know, with the calls that would add those.
 
     Raises:
-        ValueError: if a pattern or type matches nothing, a preset is unknown or finds nothing to
-            leave alone, an option is out of range, a weight to be converted has NaN or inf, or one
-            is normalised already with other options (`restore_model` first, or exclude it); the
-            model is then as it was.
-        TypeError: for an unknown option, a selector of a wrong type, or no module.
+        ValueError: if a pattern or type matches nothing, a preset is unknown or recognises no head
+            to leave alone, an option is out of range, a weight to be converted has NaN or inf, a
+            selected weight is normalised already with other options (`restore_model` first, or
+            exclude it), or a wrapper such as FSDP or DistributedDataParallel would have to come
+            after the conversion. The model is then as it was.
+        TypeError: for an unknown option, a selector or option of a wrong type, or a `model` that is
+            no module.
         ImportError: if `progress=True` and tqdm is not installed.
     """
     check_model(model, "convert_model")

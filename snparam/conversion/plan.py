@@ -1,4 +1,4 @@
-"""The plan of a conversion: what is to become of each weight of a model, and why."""
+"""The plan of a conversion: for each weight of a model, the decision about it and the reason."""
 
 from __future__ import annotations
 
@@ -27,20 +27,23 @@ ALREADY = "already normalised"
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What a conversion does with one weight.
+    """The row of one weight in the plan of a conversion.
 
     Attributes:
-        name: qualified name of the module.
-        tensor: name of the tensor in it. `weight`, of both, is the qualified name of the weight.
+        name: qualified name of the module that has the weight.
+        tensor: name of the tensor in the module; the property `weight` joins both names.
         layer_type: name of the module's class.
         shape: shape of the weight, () where it has none.
-        matrices: (b, m, n), how the weight is read, or None where it is not.
-        sigma: the largest of the blocks' largest singular values now, or None.
+        matrices: shape (b, m, n) of the stack that the weight is read as, or None where it is not
+            read as one.
+        sigma: largest σ of all blocks before the conversion, or None where the weight is not to be
+            converted.
         decision: `"convert"`, `"skip"` or `"refuse"` (the conversion raises).
         reason: why, in words; empty for an ordinary conversion.
         record: where the weight is and how it is read.
-        estimate: u and sv that the conversion will start from.
-        shares: the state that it will share, with a weight that is converted already.
+        estimate: u (b, k, m) and sv (b, k) that the conversion starts from, or None.
+        shares: the SpectralNorm of a converted weight with the same Parameter, whose state this
+            weight will share, or None.
     """
 
     name: str
@@ -62,34 +65,37 @@ class PlanRow:
 
 
 class ConversionPlan(list[PlanRow]):
-    """The rows of a conversion, in the order of the model; `print` shows an aligned table."""
+    """The rows of a conversion, one per weight, in the model's order; `print` shows a table."""
 
     @property
     def to_convert(self) -> list[PlanRow]:
-        """The rows that will be converted."""
+        """The rows of the weights that will be converted."""
         return [row for row in self if row.decision == CONVERT]
 
     @property
     def share(self) -> float:
-        """Share of the parameters of two or more dimensions that is normalised afterwards."""
+        """Share of the entries of parameters of two or more dimensions that will be normalised."""
         total = sum(_sizes(self).values())
         done = _sizes([r for r in self if r.decision == CONVERT or r.reason == ALREADY])
         return sum(done.values()) / total if total else 0.0
 
     @property
     def unknown(self) -> list[PlanRow]:
-        """The rows that are skipped because the layer table does not know their layers."""
+        """The rows that are skipped because the layer table does not know the layers' types."""
         return [row for row in self if row.decision == SKIP and row.reason.endswith(UNKNOWN)]
 
     @property
     def unknown_share(self) -> float:
-        """Share of the parameters of two or more dimensions that these rows are of."""
+        """Share of the entries of parameters of two or more dimensions that `unknown` rows have."""
         total = sum(_sizes(self).values())
         return sum(_sizes(self.unknown).values()) / total if total else 0.0
 
     @property
     def registrations(self) -> list[str]:
-        """The calls that would add the types of these rows to the layer table, read by rows."""
+        """The calls that would add the types of the `unknown` rows to the layer table.
+
+        They say that dimension 0 counts the rows.
+        """
         types: dict[str, dict[str, None]] = {}
         for row in self.unknown:
             kind = parametrize.type_before_parametrizations(row.record.owner)
@@ -102,7 +108,7 @@ class ConversionPlan(list[PlanRow]):
         ]
 
     def __str__(self) -> str:
-        """An aligned table, closed by the share of the parameters that is normalised."""
+        """Return an aligned table, and below it the share of the parameters that is normalised."""
         hint = ""
         if calls := self.registrations:
             hint = 'to add a type ("columns" where its weight is stored input-first):\n'
@@ -131,7 +137,7 @@ class ConversionPlan(list[PlanRow]):
 
 
 def _sizes(rows: Iterable[PlanRow]) -> dict[int, int]:
-    """Number of entries of each different parameter."""
+    """Return the number of entries of each distinct parameter, by its identity."""
     return {row.record.key: prod(row.shape) if row.shape else 0 for row in rows}
 
 
@@ -150,11 +156,12 @@ def plan_conversion(
     progress: bool | None = None,
     **options: Unpack[Options],
 ) -> ConversionPlan:
-    """What `convert_model` would do with the same arguments; nothing is changed.
+    """Return what `convert_model` would do with the same arguments, and change nothing.
 
-    Every parameter of two or more dimensions is in the plan, converted or skipped with a reason. A
-    weight with fewer than `num_svs` singular values tracks those it has: one number is said for
-    layers of all sizes. (`register_sn`, where it is said of one layer, raises.)
+    Every parameter of two or more dimensions is in the plan, to be converted, or with the reason
+    why not. Where a weight has fewer than `num_svs` singular values, all of them are tracked: the
+    number is given for layers of all sizes. (`register_sn`, where it is given for one layer,
+    raises.)
 
     Args:
         model: the network.
@@ -165,10 +172,11 @@ def plan_conversion(
         The plan, a list of rows; `print(plan)` shows it as a table.
 
     Raises:
-        ValueError: if a pattern or type matches nothing, a preset is unknown or finds nothing to
-            leave alone, an option is out of range, or a selected weight is normalised already with
-            other options.
-        TypeError: for an unknown option, a selector of a wrong type, or no module.
+        ValueError: if a pattern or type matches nothing, a preset is unknown or recognises no head
+            to leave alone, an option is out of range, or a selected weight is normalised already
+            with other options.
+        TypeError: for an unknown option, a selector or option of a wrong type, or a `model` that is
+            no module.
         ImportError: if `progress=True` and tqdm is not installed.
     """
     check_model(model, "plan_conversion")
@@ -186,12 +194,12 @@ def plan_of(
     norms: Mapping[int, SpectralNorm],
     progress: bool | None = False,
 ) -> ConversionPlan:
-    """Return the plan of converting those weights of a model that are selected.
+    """Return the plan of converting the selected weights of a model.
 
     Args:
-        weights: all of the model's weights, asked about with the options.
-        selection: which of them are meant.
-        norms: the SpectralNorms in the model, by the identity of the Parameter behind.
+        weights: all weights of the model, with the options of the conversion as their settings.
+        selection: which of them to convert.
+        norms: the SpectralNorms in the model, by the identity of their weights' originals.
         progress: as in `plan_conversion`.
     """
     together: dict[int, list[Weight]] = {}
@@ -211,7 +219,7 @@ def plan_of(
 def _check_options(
     weights: Sequence[Weight], selection: Selection, norms: Mapping[int, SpectralNorm]
 ) -> None:
-    """Refuse options that are not those which a selected weight is registered with already.
+    """Refuse options that differ from those of a selected weight that is normalised already.
 
     Raises:
         ValueError: naming the weights, the options, and both values of each.
@@ -238,7 +246,10 @@ def _check_options(
 
 
 def _differences(weight: Weight, norm: SpectralNorm) -> Iterator[tuple[str, Any, Any]]:
-    """Options with their registered and their asked values, where those mean different things."""
+    """Yield (name, registered value, requested value) of each option whose values disagree.
+
+    Values that read the weight as the same matrices, or track as many singular values, agree.
+    """
     for name in (option.name for option in fields(Settings)):
         registered, asked = getattr(norm.settings, name), getattr(weight.settings, name)
         if name == "blocks" and weight.reads_as(norm.view):
@@ -255,7 +266,14 @@ def _differences(weight: Weight, norm: SpectralNorm) -> Iterator[tuple[str, Any,
 def _decide(
     weight: Weight, selection: Selection, sharers: Sequence[Weight], carried: SpectralNorm | None
 ) -> PlanRow:
-    """The row of a weight, before its values are looked at."""
+    """Return the row of a weight, decided without its values, so that `sigma` is None.
+
+    Args:
+        weight: the weight.
+        selection: which weights to convert.
+        sharers: all weights with the same tensor, this one included.
+        carried: the SpectralNorm that a weight with the same original is under already, or None.
+    """
     row = PlanRow(
         name=weight.module_name,
         tensor=weight.tensor_name,
@@ -271,7 +289,8 @@ def _decide(
     if weight.norm is not None:
         return replace(row, reason=ALREADY)
     if weight.layout is None:
-        # A predicate is asked about eligible weights alone: it may count on what those have.
+        # filter_fn is called for eligible weights alone, and may rely on the attributes of their
+        # modules.
         unfiltered = replace(selection, filter_fn=None)
         refuses = weight.problem is not None and weight.problem.refuses
         if refuses or row.reason.endswith(UNKNOWN):
@@ -310,7 +329,11 @@ def _reason_against(weight: Weight, selection: Selection) -> str | None:
 def _sharing(
     weight: Weight, sharers: Sequence[Weight], selection: Selection
 ) -> tuple[str, list[str]]:
-    """What sharing its Parameter means for a weight: why not to convert it, or notes."""
+    """Return what follows for a weight from the other uses of its Parameter.
+
+    Returns:
+        The reason not to convert it ("" where there is none), and notes for the row of the plan.
+    """
     note, together = [], []
     for other in sharers:
         if other is weight:
@@ -331,7 +354,15 @@ def _sharing(
 
 
 def _estimated(row: PlanRow, known: dict[int, tuple[Tensor, Tensor] | ValueError]) -> PlanRow:
-    """A row to convert, with σ and the estimate that the conversion will use."""
+    """Return the row of a weight to convert with its σ and the estimate to start from.
+
+    A weight whose values cannot be used is refused.
+
+    Args:
+        row: the row, from `_decide`.
+        known: the estimate, or the error, of each tensor so far, by identity; filled here, so that
+            tied weights are computed once.
+    """
     weight = row.record
     if row.shares is not None:
         return replace(row, sigma=float(row.shares.sv[:, 0].max()))
@@ -355,7 +386,7 @@ def _with_progress(rows: Sequence[PlanRow], progress: bool | None) -> Iterable[P
         if progress:
             raise ImportError("progress=True needs tqdm: pip install 'snparam[progress]'") from None
         return rows
-    # disable=None: only where stderr is a terminal.
+    # tqdm with disable=None is silent where stderr is no terminal.
     shown: Any = {"disable": False} if progress else {"disable": None, "delay": 2.0}
     bar: Iterable[PlanRow] = tqdm(
         rows, desc="singular values", unit="weight", file=sys.stderr, leave=False, **shown

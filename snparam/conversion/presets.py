@@ -1,4 +1,7 @@
-"""Named choices of what to leave alone, with sources in docs/presets.md: selections, no more."""
+"""Presets: named choices of the weights that a conversion leaves alone.
+
+A preset selects weights and sets no option; docs/presets.md has the source of each.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +19,35 @@ Leaves = Callable[[Path], bool]
 
 @dataclass(frozen=True)
 class Preset:
-    """One named choice.
+    """A named choice of the weights that a conversion leaves alone.
 
     Attributes:
-        summary: what it leaves alone, in words.
-        rule: for a model, which weights are left alone: a function of the qualified names and
-            modules from the root to a weight's owner, both included.
+        summary: the words that complete "this preset leaves ...".
+        rule: function of a model that returns a predicate, True where a weight is left alone. The
+            predicate takes the qualified names and modules from the root of the model to the
+            weight's owner, both included.
     """
 
     summary: str
     rule: Callable[[nn.Module], Leaves]
 
 
-# What the last layers are called: by torchvision, timm, transformers, and in papers' code. Only at
-# the root of a model: inside of blocks, `fc` is a layer like any other.
+# Names of last layers in torchvision, timm, transformers and the code of papers. They count for
+# children of the root alone: inside of blocks, `fc` is a layer like any other.
 _HEADS = re.compile(
     r"(\w+_)?(heads?|head_dist|fc|classifiers?|score|logits|cls|qa_outputs|last_linear)(_\w+)?"
 )
-# `WindowAttention`, `Attention2d`, `XCA` is not; `CrossAttnDownBlock2D` holds convolutions.
+# Names of attention classes, such as `WindowAttention` and `Attention2d`. `CrossAttnDownBlock2D`
+# must not match, because it holds convolutions; `XCA` does not match either.
 _ATTENTION = re.compile(r"\w*(Attention|Attn)(Rope|Pool|V\d+|\dd)*", re.IGNORECASE)
 
 
 def preset_named(name: object) -> Preset:
-    """The preset of a name.
+    """Return the preset of the given name.
 
     Raises:
-        TypeError: if it is no string.
-        ValueError: if there is none of that name, with those that there are.
+        TypeError: if the name is no string.
+        ValueError: if no preset has the name, with the names of all presets.
     """
     if not isinstance(name, str):
         raise TypeError(f"preset={name!r}: expected a name, not {type(name).__name__}")
@@ -65,7 +70,11 @@ def _embeddings(_: nn.Module) -> Leaves:
 
 
 def _head(model: nn.Module) -> Leaves:
-    """Everything in what the model says is its head, or else in what is named like one."""
+    """Return a predicate that is True inside of the model's head.
+
+    The head is every module that the model's own methods return as such (`_TELLING`), and every
+    child of the root that is named like one.
+    """
     told = {id(module) for method in _TELLING for module in _told(model, method)}
     named = {name for name, _ in model.named_children() if _HEADS.fullmatch(name)}
 
@@ -77,7 +86,7 @@ def _head(model: nn.Module) -> Leaves:
     return leaves
 
 
-# timm; transformers.
+# Methods by which models of timm and of transformers return their last layers.
 _TELLING = ("get_classifier", "get_output_embeddings")
 
 
@@ -87,7 +96,8 @@ def _told(model: nn.Module, method: str) -> list[nn.Module]:
         return []
     try:
         answer = ask()
-    except (AttributeError, NotImplementedError, TypeError):  # a base class's, for models without
+    except (AttributeError, NotImplementedError, TypeError):
+        # A base class has the method for models that have no such layer, too.
         return []
     answers = answer if isinstance(answer, tuple | list) else [answer]
     return [module for module in answers if isinstance(module, nn.Module)]

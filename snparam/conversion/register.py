@@ -1,4 +1,4 @@
-"""One tensor of one module: checking it, registering SpectralNorm on it, removing it again."""
+"""SpectralNorm on the weights of one module: registering it and removing it."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def register_sn(
     `module.parametrizations[name][0]`; the trained Parameter is the same object as before, now
     `module.parametrizations[name].original`. Dividing by σ changes what the module computes.
 
-    What is written to `module.weight` in place, by `nn.init` or `.data`, is lost, because it is
-    computed at each read; `module.weight = tensor` and `module.reset_parameters()` reach the
-    original.
+    `module.weight` is then computed at each read, so that what `nn.init` or `.data` write to it in
+    place is lost; `module.weight = tensor` and `module.reset_parameters()` reach the original.
 
-    `num_svs` may not exceed what a weight has, since it is said of this one layer; `convert_model`,
-    where one number is said for layers of all sizes, takes what each has.
+    `num_svs` may not exceed the number of singular values of a weight, because it is given for this
+    one layer; `convert_model`, where it is given for layers of all sizes, tracks at most what each
+    weight has.
 
     Args:
         module: the module to change, in place.
@@ -63,11 +63,13 @@ def register_sn(
         The module.
 
     Raises:
-        ValueError: if there is no such tensor or none is eligible, if it is registered already, is
-            uninitialised, on the meta device, empty, of one dimension, or has NaN or inf, if it
-            does not split into `blocks`, or if `num_svs` exceeds min(rows, columns).
-        TypeError: if the tensor is quantised, sparse, of a dtype without singular values, or of a
-            type that cannot be computed with as a matrix; for an unknown option, or no module.
+        ValueError: if the module has no tensor of that name or no eligible one, if a tensor is
+            registered or parametrized already, is uninitialised, on the meta device, empty, of one
+            dimension, or has NaN or inf, if it does not split into `blocks`, if `num_svs` exceeds
+            min(rows, columns), or if an option is out of range.
+        TypeError: if a tensor is quantised, sparse, of a dtype without singular values, or of a
+            type that cannot be computed with as a matrix; for an unknown option or one of a wrong
+            type, or a `module` that is no module.
         Either way nothing has been changed.
 
     Source: Miyato et al. 2018, "Spectral normalization for generative adversarial networks";
@@ -94,20 +96,22 @@ def register_sn(
 
 
 def remove_sn(module: _ModuleT, *, name: str | None = None, bake: bool = True) -> _ModuleT:
-    """Leave an ordinary module behind.
+    """Remove SpectralNorm from a module's weights, which leaves an ordinary module.
 
     Args:
         module: a module that `register_sn` or `convert_model` changed; changed back in place.
-        name: which tensor; None (the default) for all of this module's.
-        bake: True (the default) leaves the normalised weight, to the bit the one that eval mode
-            uses, without a further step. False leaves the original parameter, to the bit.
+        name: which tensor; None (the default) for all normalised weights of this module.
+        bake: True (the default) leaves the normalised weight, equal to the bit to the one that eval
+            mode uses. False leaves the original parameter, to the bit.
 
     Returns:
         The module, with the same Parameter objects, of its original class.
 
     Raises:
-        ValueError: if the tensor, or the module, does not carry SpectralNorm, or carries another
-            parametrization on the same tensor; nothing has been changed.
+        ValueError: if the tensor (with `name=None`, every tensor of the module) is without
+            SpectralNorm, or if another parametrization is on the same tensor; nothing has been
+            changed.
+        TypeError: if `module` is no module.
     """
     check_model(module, "remove_sn")
     if name is None:
@@ -134,7 +138,7 @@ def remove_sn(module: _ModuleT, *, name: str | None = None, bake: bool = True) -
 
 
 def _owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that has a tensor, and the tensor's name in it, from its name in `module`."""
+    """Return the module that has the tensor `name` of `module`, and the tensor's name in it."""
     inner, _, tensor_name = name.rpartition(".")
     return module.get_submodule(inner), tensor_name
 

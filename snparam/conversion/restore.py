@@ -1,4 +1,4 @@
-"""The way back: an ordinary network, with the normalised weights or the original ones."""
+"""The inverse of a conversion: an ordinary network, with normalised or with original weights."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
 
 def restore_model(model: _ModuleT, bake: bool = True) -> _ModuleT:
-    """Leave an ordinary network behind: the same Parameters, the original classes, plain keys.
+    """Remove SpectralNorm from a network, which leaves an ordinary network.
+
+    It has the same Parameters, the original classes, and plain state-dict keys.
 
     Args:
         model: a network with SpectralNorm on some of its weights, changed back in place. A network
             without any is left as it is.
-        bake: True (the default) leaves the normalised weights, to the bit those that eval mode
-            uses, without a further step. False leaves the original parameters, to the bit.
+        bake: True (the default) leaves the normalised weights, equal to the bit to those that eval
+            mode uses. False leaves the original parameters, to the bit.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: if a weight carries another parametrization as well, or, with `bake=True`, is
-            shared with a module that uses it as it is; nothing has been changed.
-        TypeError: if it is no module.
+        ValueError: if a weight carries another parametrization as well, or, with `bake=True`, its
+            Parameter is shared with a module that uses it without normalisation; nothing has been
+            changed.
+        TypeError: if `model` is no module.
     """
     check_model(model, "restore_model")
     carriers = [(found.owner, found.tensor_name) for found in normalised_weights(model)]

@@ -1,4 +1,4 @@
-"""Which modules of a network the user means: types, patterns of qualified names, a predicate."""
+"""The selection of weights to convert, by types, name patterns, a predicate and a preset."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ Path: TypeAlias = tuple[tuple[str, nn.Module], ...]
 
 @dataclass(frozen=True)
 class Selection:
-    """Which weights to convert, with the reason for each that is not.
+    """The weights of one model that a conversion is to convert.
 
-    A selector picks the modules it names and everything inside them. A name selector is a pattern
-    of whole path segments from the root of the model: `*` stands for anything within one segment,
-    `**` for any number of segments. It may also name a single weight. A module that is in several
-    places has several names, and each of them picks it.
+    A selector is a module type or a name pattern; it selects the modules that match and everything
+    inside them. A pattern matches whole path segments from the root of the model: `*` stands for
+    anything within one segment, `**` for any number of segments. It may also name a single weight.
+    A module that is in several places of the model has several names, and each of them counts.
 
     Attributes:
         include: selectors of what to convert, or None for everything.
         exclude: selectors of what to leave alone.
-        filter_fn: the predicate, or None.
-        paths: the ways to each module of the model, by its identity.
+        filter_fn: predicate of a module and its qualified name, True to convert, or None.
+        paths: every path from the root to each module of the model, by the module's identity.
         preset: name of the preset, or None.
-        left_by_preset: whether it leaves out what is at the end of a path.
+        left_by_preset: predicate of a path, True where the preset leaves out the weights of the
+            last module, or None.
     """
 
     include: tuple[Selector, ...] | None
@@ -55,11 +56,13 @@ class Selection:
         model: nn.Module,
         preset: str | None = None,
     ) -> Selection:
-        """Check the selectors against a model.
+        """Return the selection that a caller's arguments describe, checked against a model.
 
         Raises:
-            TypeError: for a selector that is neither a string nor a module type.
-            ValueError: for a selector that matches nothing in the model, or an unknown preset.
+            TypeError: for a selector that is neither a string nor a module type, a `filter_fn` that
+                cannot be called, or a preset that is no string.
+            ValueError: for a selector that matches nothing in the model, an unknown preset, or
+                `preset="keep-head"` where no head is recognised.
         """
         selection = cls(
             None if include is None else _as_tuple("include", include),
@@ -81,7 +84,7 @@ class Selection:
     def reason_against(
         self, path: Sequence[tuple[str, nn.Module]], module: nn.Module, name: str, tensor: str
     ) -> str | None:
-        """Why the weight `tensor` of `module` is not selected, or None if it is.
+        """Return why the weight `tensor` of `module` is not selected, or None if it is.
 
         Args:
             path: qualified names and modules from the root to the module, both included.
@@ -105,7 +108,7 @@ class Selection:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of path segments matches a whole qualified name."""
+    """Return whether a pattern of path segments matches a whole qualified name."""
     return _match_segments(pattern.split("."), name.split(".") if name else [])
 
 
@@ -153,7 +156,10 @@ def _paths_by_module(model: nn.Module) -> dict[int, list[Path]]:
 
 
 def _paths(path: Path) -> Iterator[Path]:
-    """Every way on from the end of a path; the names of the parts of parametrizations are none."""
+    """Yield every path that begins with the given one, itself included.
+
+    A module in several places has several paths. Parts of parametrizations have none.
+    """
     yield path
     name, module = path[-1]
     for child_name, child in module._modules.items():

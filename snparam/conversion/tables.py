@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns separated by two spaces under a header and a rule; no line ends in spaces."""
+    """Return a table with two spaces between columns and a rule below the header.
+
+    No line ends in spaces.
+    """
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     rule = ["-" * width for width in widths]

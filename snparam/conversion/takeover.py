@@ -1,4 +1,4 @@
-"""Taking torch's own spectral norm off a tensor, before SpectralNorm takes its place."""
+"""Removal of torch's own spectral norm from a tensor, before SpectralNorm takes its place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from snparam.parametrization.classes import give_own_class
 
 
 def take_off(spectral: Spectral) -> None:
-    """Leave the original as an ordinary Parameter, the same object, behind."""
+    """Remove torch's spectral norm from a tensor.
+
+    The original is left as an ordinary Parameter, the same object, in the same place among its
+    owner's.
+    """
     owner, name = spectral.owner, spectral.name
     if spectral.hook is None:
         give_own_class(owner)
@@ -33,14 +37,14 @@ def take_off(spectral: Spectral) -> None:
     for vector in "uv":
         del owner._buffers[f"{name}_{vector}"]
     parameters = owner._parameters
-    for parameter in list(parameters):  # each anew, so that their order stays
+    for parameter in list(parameters):  # all are entered anew, which keeps their order
         ordinary = name if parameter == f"{name}_orig" else parameter
         parameters[ordinary] = parameters.pop(parameter)
 
 
 def _belongs(hook: Any, spectral: SpectralNorm) -> bool:
-    """Whether a hook is one of those that the deprecated spectral norm registers."""
-    hook = getattr(hook, "hook", hook)  # torch wraps those of load_state_dict
+    """Return whether a hook is one of those that a deprecated spectral norm has registered."""
+    hook = getattr(hook, "hook", hook)  # torch wraps load_state_dict hooks
     if isinstance(hook, SpectralNormStateDictHook | SpectralNormLoadStateDictPreHook):
         hook = hook.fn
     return hook is spectral

@@ -1,4 +1,4 @@
-"""The weights of a model: where each is, how it is read, and what stands against normalising it."""
+"""The weights of a model: where each is, how it is read, and why it cannot be normalised."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ Path = tuple[tuple[str, nn.Module], ...]
 
 
 ALREADY = Problem("it is registered already", "remove_sn first to change its options")
-# What ends the reason for a type that users may know better.
+# The end of the reason to skip a layer whose type a user can add to the layer table.
 UNKNOWN = "is not in the layer table"
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of two or more dimensions in a model.
+    """A tensor of two or more dimensions in a model, as one set of options would normalise it.
 
     Attributes:
         path: qualified names and modules from the root of the model to the owner, both included.
         tensor_name: name of the tensor in its owner.
-        tensor: the tensor itself, not normalised, or None where it is out of reach.
-        settings: the options that it is asked about with.
-        layout: where its rows are, or None where the layer table does not know it.
+        tensor: the tensor before normalisation (the original, where it is normalised already), or
+            None where it cannot be reached (a quantised module packs it, a hook computes it).
+        settings: the options.
+        layout: which of its axes count the rows, or None where the layer table does not know it.
         view: how it is read as a stack of matrices, or None where it cannot be.
-        problem: what stands against registering it, without looking at its values, or None.
+        problem: why SpectralNorm cannot be registered on it, its values not considered, or None.
         norm: the SpectralNorm that it is under already, or None.
-        spectral: torch's spectral norm on it, to be taken over, or None.
+        spectral: torch's spectral norm on it, or None.
         label: what to call it in errors.
     """
 
@@ -76,22 +77,22 @@ class Weight:
 
     @property
     def key(self) -> int:
-        """Identity of the tensor, which tied weights share, or of a module that hides its own."""
+        """Identity of the tensor, which tied weights share, or of the owner without a tensor."""
         return id(self.owner if self.tensor is None else self.tensor)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor, () where it has none or is out of reach."""
+        """Shape of the tensor, () where it has none yet or cannot be reached."""
         return () if self.tensor is None or is_lazy(self.tensor) else tuple(self.tensor.shape)
 
     @property
     def available(self) -> int:
-        """How many singular values each of its matrices has."""
+        """Number of singular values of each of its matrices, min(m, n)."""
         assert self.view is not None
         return min(self.view.matrices[1:])
 
     def reads_as(self, view: View) -> bool:
-        """Whether the options read it as the matrices of a view."""
+        """Return whether the options read the weight as the matrices of the given view."""
         try:
             return (
                 self.layout is not None
@@ -101,7 +102,12 @@ class Weight:
             return False
 
     def check(self) -> None:
-        """Raise what stands against registering it, values excepted."""
+        """Raise if SpectralNorm cannot be registered on the weight; its values are not considered.
+
+        Raises:
+            ValueError: if the problem is of that kind, or `num_svs` exceeds min(rows, columns).
+            TypeError: if the problem is of that kind.
+        """
         problem = self.problem
         if problem is None and self.settings.num_svs > self.available:
             problem = Problem(
@@ -112,15 +118,16 @@ class Weight:
             raise problem.error(self.message(problem))
 
     def message(self, problem: Problem) -> str:
-        """Return an error's text: where, what shape, what is wrong, what to do."""
+        """Return the error text of a problem: the weight with its shape, the reason, the remedy."""
         shape = f" {self.shape}" if self.shape else ""
         return f"SpectralNorm on {self.label}{shape}: {problem.what}; {problem.remedy}."
 
     @torch.no_grad()
     def estimate(self) -> tuple[Tensor, Tensor]:
-        """Return converged u (b, k, m) and sv (b, k) of it, in the dtypes they are kept in.
+        """Return converged u (b, k, m) and sv (b, k) of the weight, in the dtypes of the state.
 
-        What is taken over keeps its u.
+        A weight under torch's spectral norm keeps torch's u as its first vector, where torch reads
+        the weight as the same matrix.
 
         Raises:
             ValueError: if the tensor has NaN or inf.
@@ -139,12 +146,16 @@ class Weight:
         return u.to(dtype), sv.to(real_dtype(dtype))
 
     def new_norm(self, estimate: tuple[Tensor, Tensor] | None = None) -> SpectralNorm:
-        """Return a SpectralNorm for it, from a converged estimate (computed here if not given).
+        """Return a SpectralNorm for the weight, not yet registered.
 
-        With `init="random"` the estimate is only the check that the values are finite.
+        With `init="random"`, u starts at random, and the estimate only shows that the values are
+        finite; but a weight under torch's spectral norm always starts from the estimate.
+
+        Args:
+            estimate: u (b, k, m) and sv (b, k) from `estimate()`, computed if not given.
         """
         u, sv = self.estimate() if estimate is None else estimate
-        # Outside of inference mode, or training could not update the buffers later.
+        # Tensors made in inference mode could not be updated by training later.
         with torch.inference_mode(False), torch.no_grad():
             return self._new_norm(u.clone(), sv.clone())
 
@@ -157,8 +168,9 @@ class Weight:
         norm = SpectralNorm(self.view, self.settings, u, sv, self.label)
         norm.start_parameters(self.tensor)
         if self.spectral is not None and self.settings.gain is not None:
-            # The norm that the weight in use has had so far: 1, but for torch's estimate, and for
-            # matrices other than torch's.
+            # γ starts at σ of the weight that torch's spectral norm gives, so that the layer's
+            # function stays the same. That is 1 up to torch's error, if torch's matrix is the
+            # view's.
             norm.gain.data.div_(self.spectral.sigma())
         return norm
 
@@ -173,15 +185,17 @@ def weight_at(
     take_over: bool = False,
     label: str | None = None,
 ) -> Weight:
-    """Return the weight at the end of a path. Its type, shape and dtype are looked at.
+    """Return the record of a weight whose layout is known.
+
+    Its type, shape and dtype are checked, its values are not.
 
     Args:
-        path: qualified names and modules from the root to the owner.
+        path: qualified names and modules from the root to the owner, both included.
         tensor_name: name of the tensor in its owner.
-        layout: where its rows are.
+        layout: which of its axes count the rows.
         settings: the options.
-        obstacle: why the layer table says that it cannot be normalised, or None.
-        take_over: whether torch's spectral norm on it is to be taken over, and so no obstacle.
+        obstacle: why the weight cannot be normalised, by the layer table, or None.
+        take_over: whether torch's spectral norm on it is to be taken over, and so no problem.
         label: what to call it in errors; its qualified name, if not given.
     """
     owner = path[-1][1]
@@ -208,9 +222,15 @@ def weight_at(
 
 
 def weights_in(model: nn.Module, settings: Settings, take_over: bool = False) -> Iterator[Weight]:
-    """Every place in a model where a tensor of two or more dimensions is used, in its order.
+    """Yield the record of every tensor of two or more dimensions in a model, in the model's order.
 
-    With `take_over`, weights under torch's spectral norm are to be taken over.
+    A Parameter in several modules has a record for each. Tensors without a shape yet (lazy modules)
+    and packed ones (quantised modules) have records too.
+
+    Args:
+        model: the model.
+        settings: the options.
+        take_over: whether torch's spectral norm on a weight is to be taken over, and so no problem.
     """
     listed: dict[int, Mapping[str, tuple[Layout, str | None]]] = {}
     for path in _paths((("", model),), set()):
@@ -218,7 +238,7 @@ def weights_in(model: nn.Module, settings: Settings, take_over: bool = False) ->
         obstacle = obstacle_in(module)
         listed[id(module)] = {n: (layout, obstacle) for n, layout in layouts_of(module).items()}
         layouts = dict(listed[id(module)])
-        if len(path) > 1:  # what the module around it reads itself
+        if len(path) > 1:  # weights of this module that its parent's row lists
             inner = path[-1][0].rpartition(".")[2] + "."
             for name, found in listed[id(path[-2][1])].items():
                 if name.startswith(inner):
@@ -251,13 +271,13 @@ def weights_in(model: nn.Module, settings: Settings, take_over: bool = False) ->
 def _unlisted(
     path: Path, tensor_name: str, tensor: Tensor | None, settings: Settings, problem: Problem
 ) -> Weight:
-    """A tensor that the layer table does not read as matrices."""
+    """Return the record of a tensor that the layer table does not read as matrices."""
     label, norm = f"'{_join(path[-1][0], tensor_name)}'", norm_on(path[-1][1], tensor_name)
     view = None if norm is None else norm.view
     return Weight(path, tensor_name, tensor, settings, None, view, problem, norm, None, label)
 
 
-# What stands against normalising a tensor
+# Why a tensor cannot be normalised
 
 
 def _problem(
@@ -289,7 +309,7 @@ def _under_spectral(spectral: Spectral) -> Problem:
 
 
 def _unknown(module: nn.Module, tensor_name: str, tensor: Tensor) -> Problem:
-    """Why the layer table does not read a tensor as matrices."""
+    """Return why the layer table does not read a tensor as matrices."""
     hook = hook_behind(module, tensor_name)
     if hook is not None:
         return Problem(f"under {hook}", "remove that first")
@@ -314,15 +334,18 @@ def _unknown(module: nn.Module, tensor_name: str, tensor: Tensor) -> Problem:
 
 
 def _tensor_at(owner: nn.Module, tensor_name: str) -> Tensor | None:
-    """A parameter or buffer of a module, the largest of those behind it where it is computed."""
+    """Return a parameter or buffer of a module by its name, or None.
+
+    For a tensor that is computed from parameters, that is the largest of them.
+    """
     tensor = dict(_tensors(owner)).get(tensor_name)
     return owner._buffers.get(tensor_name) if tensor is None else tensor
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of a module by name, those that are parametrized included.
+    """Yield the parameters of a module, not of its children, by name.
 
-    Of several that one tensor is computed from, the largest has the tensor's name.
+    Of the originals of a parametrized tensor, the largest has the tensor's name.
     """
     computed = {f"{name}_orig": name for name in hooked(module)}
     for name, parameter in module._parameters.items():
@@ -338,7 +361,12 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _paths(path: Path, seen: set[int]) -> Iterator[Path]:
-    """The way to each different module at the end of a path or inside of it."""
+    """Yield one path to each module inside the last module of a path, itself included.
+
+    Args:
+        path: the path to begin with.
+        seen: identities of the modules that have had a path; filled here.
+    """
     name, module = path[-1]
     if id(module) in seen:
         return

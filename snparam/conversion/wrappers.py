@@ -1,4 +1,4 @@
-"""Wrappers that have a model's parameters in hand, and so come after the conversion."""
+"""Wrappers that hold references to a model's parameters, and so must come after the conversion."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FLAT = "_flat_param"
 
 
 def flattens(module: nn.Module) -> bool:
-    """Whether a module is a wrapper that makes one flat parameter of those inside (FSDP1).
+    """Return whether a module is a wrapper that flattens its parameters into one (FSDP1).
 
-    torch's and fairscale's have the same name. It is asked for by name because torch may be built
-    without `torch.distributed`.
+    It is recognised by the name of its class, which torch's and fairscale's share, because torch
+    may be built without `torch.distributed`.
     """
     return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
 
@@ -26,12 +26,12 @@ def flattens(module: nn.Module) -> bool:
 def wrapper_problem(
     modules: Iterable[nn.Module], tensor: Tensor | None, settings: Settings
 ) -> Problem | None:
-    """Return what a wrapper around a weight has against its conversion, or None.
+    """Return why a wrapper around a weight must come after its conversion, or None.
 
     Args:
-        modules: those from the root of the model to the weight's owner.
-        tensor: the weight.
-        settings: the options.
+        modules: the modules from the root of the model to the weight's owner, both included.
+        tensor: the tensor to be converted, or None where there is none to look at.
+        settings: the options of the conversion; only some need the wrapper to come later.
     """
     modules = list(modules)
     for module in modules:
