@@ -1,3 +1,3 @@
-"""Which tensors of which layers are weights, and their views. Knows types, changes no module."""
+"""The table of layer types and of how their weights are read. Knows types, changes no module."""
 
 from snparam.layers import libraries, torch  # noqa: F401 - each registers its rows

@@ -1,4 +1,4 @@
-"""One call that adds a row to the layer table: how a module type of one's own is read."""
+"""`register_layer_type`, by which users add rows for their own module types to the layer table."""
 
 from __future__ import annotations
 
@@ -56,31 +56,33 @@ def register_layer_type(
 ) -> Any:
     """Tell snparam how the weights of a module type are read as matrices.
 
-    As a call, `register_layer_type(Dense, {"kernel": "columns"})`, or as a decorator of the class,
-    `@register_layer_type(weights={"kernel": "columns"})`. It holds for later conversions, for
-    subclasses too, and before what snparam knows itself; the last registration for a type counts.
+    Use it as a call, `register_layer_type(Dense, {"kernel": "columns"})`, or as a decorator of the
+    class, `@register_layer_type(weights={"kernel": "columns"})`. The registration holds for later
+    conversions, covers subclasses, and takes precedence over snparam's own row for the same type;
+    the last registration for a type counts.
 
     Args:
         kind: the module type, or its qualified name, such as `"library.layers.Dense"`, for one
-            that may not be imported yet; `*` stands for anything in such a name. Leave it out to
+            that may not be imported yet; `*` matches anything in such a name. Leave it out to
             decorate.
-        weights: name of a tensor of the module (a glob; dotted for one of a submodule that the
-            module reads itself) to how it is read: `"rows"` (out, in, ...), `"columns"`
-            (in, out, ...), `"stack"` (matrices, out, in, ...), `"stack_columns"`
+        weights: mapping from the name of a tensor of the module (a glob; dotted for a tensor of a
+            submodule that the module reads itself) to how it is read: `"rows"` (out, in, ...),
+            `"columns"` (in, out, ...), `"stack"` (matrices, out, in, ...), `"stack_columns"`
             (matrices, in, out, ...), a `Layout`, or a function from the module to a `Layout`.
-        skip: leave the weights alone, with this reason in the plan.
-        inside: name of a tensor of the module or of any module inside it (a glob, dotted; `*`
-            stands for dots too) to what this type knows about it: a reason to leave it alone, a
-            `Layout` instead of the tensor's own, or None, nothing; the first that matches counts.
+        skip: reason to leave the weights alone, which the plan shows.
+        inside: mapping from the name of a tensor of the module or of any module inside it (a glob,
+            dotted; `*` matches dots too) to what this type says about it: a reason to leave it
+            alone, a `Layout` (or a function from the module to one) in place of the tensor's own,
+            or None where this type says nothing. The first name that matches counts.
 
     Returns:
         `kind`, or, without it, a decorator that returns the class.
 
     Raises:
         TypeError: if `kind` is no module type or name, or a value is none of those above.
-        ValueError: for an unknown way of reading, an empty reason, a tensor that the code of the
-            module type does not name (globs and dotted names excepted), or if there is nothing to
-            say.
+        ValueError: if a layout or a reason is not valid, the code of the module type does not name
+            a tensor (globs and dotted names are not checked), or both `weights` and `inside` are
+            left out.
     """
     if weights is None and inside is None:
         raise ValueError(
@@ -119,7 +121,7 @@ def _check_kind(given: Any) -> None:
 
 
 def _class_of(kind: Any) -> type | None:
-    """The module type that was given, by its name too if its module is loaded."""
+    """Return the module type, looked up if it was given by name, or None if it is not loaded."""
     if isinstance(kind, type):
         return kind
     module, _, name = kind.rpartition(".")
@@ -128,13 +130,14 @@ def _class_of(kind: Any) -> type | None:
 
 
 def _check_tensor_names(cls: type | None, names: Iterable[str]) -> None:
-    """Refuse names that the code of a class does not have, which is all that there is to look at.
+    """Refuse tensor names that the code of a class does not contain.
 
-    Where the code makes names of its own, as `setattr(self, f"kernel{i}", ...)` does, only a name
-    that is nearly one of those in it is refused.
+    The code is all there is to check, as no module of the class need exist. Where it makes names,
+    as `setattr(self, f"kernel{i}", ...)` does, only a name that resembles one in it, and starts
+    with none, is refused.
 
     Raises:
-        ValueError: with the nearest name.
+        ValueError: if a name is refused; the message has the most similar name.
     """
     known = _names_in(cls)
     if cls is None or not known:
@@ -155,9 +158,9 @@ def _check_tensor_names(cls: type | None, names: Iterable[str]) -> None:
 
 
 def _names_in(cls: type | None) -> set[str]:
-    """Names and strings in the methods of a class and those it derives from, and its annotations.
+    """Return the names and strings in the methods and annotations of a class and its bases.
 
-    There are none where no method is written in Python and nothing is annotated.
+    The set is empty where no method is written in Python and nothing is annotated.
     """
     names: set[str] = set()
     attributes: set[str] = set()
@@ -165,7 +168,7 @@ def _names_in(cls: type | None) -> set[str]:
         if base in (nn.Module, object):
             continue
         attributes.update(vars(base))
-        with contextlib.suppress(NameError):  # of an annotation that is not defined yet
+        with contextlib.suppress(NameError):  # an annotation may use a name defined later
             names.update(inspect.get_annotations(base))
         for value in vars(base).values():
             method = getattr(value, "__func__", getattr(value, "fget", value))
@@ -175,7 +178,7 @@ def _names_in(cls: type | None) -> set[str]:
 
 
 def _names_in_code(constant: object) -> Iterator[str]:
-    """Names and strings in a code object, or in a constant of one."""
+    """Yield the names and strings in a code object, or in one of its constants."""
     if isinstance(constant, str) and constant:
         yield constant
     elif isinstance(constant, tuple | frozenset):
@@ -187,6 +190,7 @@ def _names_in_code(constant: object) -> Iterator[str]:
 
 
 def _items(option: str, given: Any) -> list[tuple[str, Any]]:
+    """Return the items of an option that maps tensor names to values; refuse what is no name."""
     if given is None:
         return []
     if not isinstance(given, Mapping) or not given:
@@ -198,6 +202,7 @@ def _items(option: str, given: Any) -> list[tuple[str, Any]]:
 
 
 def _layout(name: str, given: Any) -> Any:
+    """Return the layout, or the function from the module to it, that a value of `weights` means."""
     if isinstance(given, str):
         if given not in KINDS:
             close = difflib.get_close_matches(given, KINDS, n=1)
@@ -216,6 +221,7 @@ def _layout(name: str, given: Any) -> Any:
 
 
 def _checked_notes(given: Any) -> list[tuple[str, Note]]:
+    """Return the items of `inside`, after a check of their values."""
     for name, note in _items("inside", given):
         if note == "":
             raise ValueError(f"register_layer_type: inside[{name!r}]='': expected a reason")

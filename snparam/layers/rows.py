@@ -1,4 +1,4 @@
-"""One row of the layer table: what a type of module is known to do with its tensors."""
+"""Rows of the layer table: which tensors of a module type are weights, and how they are read."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ Note = LayoutOf | str | None
 
 @dataclass(frozen=True)
 class LayerType:
-    """One row of the table.
+    """One row of the layer table: module types, and how their weights are read.
 
     Attributes:
         types: module types; subclasses count.
-        weights: tensor name (a glob; dotted for a submodule that the layer reads directly) to the
-            layout of that tensor in a given module.
-        obstacle: for a given module, why its weight cannot be normalised, or None.
+        weights: mapping from the name of a tensor (a glob; dotted for a tensor of a submodule that
+            the layer reads itself) to its layout, or to a function from the module to that.
+        obstacle: function that returns why a given module's weights cannot be normalised, or None.
         overrides: class attributes for converted modules of this type, where the type keeps
             references to its weights instead of reading its attributes.
-        restored: called on a module of this type once it is an ordinary one again.
+        restored: function that is called on a module of this type once none of its tensors is
+            parametrized any more.
         names: qualified names of module types, or globs of them, for types of libraries that may
             not be installed; subclasses count.
-        inside: name of a tensor of this type or of a module anywhere inside it (a glob, dotted; `*`
-            stands for dots as well) to what this type knows about it: a layout, instead of that
-            of the module whose tensor it is; a string, why it is to be left alone; None, nothing.
-            The first that matches counts.
+        inside: mapping from the name of a tensor of this type or of a module anywhere inside it (a
+            glob, dotted; `*` matches dots as well) to what this type says about it: a layout (or a
+            function from the module to one), in place of that of the module whose tensor it is; a
+            string, the reason to leave it alone; None, nothing. The first name that matches counts.
     """
 
     types: tuple[type[nn.Module], ...] = ()
@@ -44,13 +45,12 @@ class LayerType:
     inside: Mapping[str, Note] = field(default_factory=dict)
 
     def is_for(self, cls: type) -> bool:
-        """Whether the row names exactly this class; those it derives from are asked apart."""
+        """Return whether the row names exactly this class; its bases are asked about separately."""
         return cls in self.types or any(fnmatchcase(qualified(cls), name) for name in self.names)
 
 
-# The rows of this package. A file that has some adds them when it is imported, which
-# `snparam.layers` does for torch.py and for each file in libraries/. The first row that names a
-# class counts.
+# The rows of this package. torch.py and each file in libraries/ add theirs when `snparam.layers`
+# imports them. The first row that names a class counts.
 ROWS: list[LayerType] = []
 
 
@@ -60,7 +60,7 @@ def register_rows(rows: Sequence[LayerType]) -> None:
 
 
 def qualified(cls: type) -> str:
-    """Return where a class is defined, and its name there."""
+    """Return the qualified name of a class, with the module that defines it."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -68,7 +68,7 @@ def layout_in(layout: LayoutOf, module: nn.Module) -> Layout:
     """Return the layout of a tensor in a given module.
 
     Raises:
-        TypeError: if a function that was to give one gave something else.
+        TypeError: if `layout` is a function, and returns something else than a layout.
     """
     given = layout if isinstance(layout, Layout) else layout(module)
     if not isinstance(given, Layout):
@@ -79,7 +79,7 @@ def layout_in(layout: LayoutOf, module: nn.Module) -> Layout:
     return given
 
 
-# What rows of several libraries say.
+# What the rows of several libraries share.
 
 
 def rows_in_groups(module: Any) -> Layout:

@@ -1,4 +1,4 @@
-"""The table: which tensors of which layer types are weights, and where their rows are."""
+"""The layer table: which tensors of which layer types are weights, and where their rows are."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from snparam.matrices.views import Layout
 class UserRows:
     """The rows that users add by `register_layer_type`; the last one for a type counts.
 
-    A type is a weak key, so that a class which is defined anew, as happens in notebooks, is not
-    kept alive by the row of its first definition.
+    Types are weak keys, because notebooks define classes again, and a row should not keep the first
+    definition alive.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class UserRows:
         self._by_name: list[LayerType] = []
 
     def add(self, kind: type | str, row: LayerType) -> None:
-        """Add the row of a type, or of the qualified name of one, which may be a glob."""
+        """Add the row of a type, given as such or by its qualified name, which may be a glob."""
         if isinstance(kind, type):
             self._by_type[kind] = row
             return
@@ -47,22 +47,22 @@ class UserRows:
         self._by_name.clear()
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of rows."""
         return len(self._by_type) + len(self._by_name)
 
 
 USER_ROWS = UserRows()
 
-# What `_package_row` gave: a network has many modules of a few classes, each asked about often.
+# The results of `_package_row`, since a network has many modules of few classes, asked about often.
 _package_rows: WeakKeyDictionary[type, LayerType | None] = WeakKeyDictionary()
 
 
 def layer_type(module: nn.Module) -> LayerType | None:
     """Return the row of the table for a module, or None.
 
-    That is the row of its own class, or else of the nearest class that it derives from. The classes
-    that parametrizations and FSDP put in front of a module's own are in no table, and so are passed
-    by.
+    That is the row of the module's own class, or else of the nearest base class that has one. The
+    classes that parametrizations and FSDP put in front of a module's own class have no row, and so
+    are skipped.
     """
     for cls in type(module).__mro__:
         row = USER_ROWS.row_of(cls) or _package_row(cls)
@@ -102,7 +102,9 @@ def obstacle_in(module: nn.Module) -> str | None:
 
 
 def note_on(path: Sequence[tuple[str, nn.Module]], tensor_name: str) -> Layout | str | None:
-    """Return what the modules around a tensor know about it: its layout, why to leave it, or None.
+    """Return the layout, or the reason to leave it alone, that the modules around a tensor give.
+
+    The result is None if the rows of these modules say nothing about the tensor.
 
     Args:
         path: qualified names and modules from the root to the tensor's owner, both included.
@@ -118,16 +120,17 @@ def note_on(path: Sequence[tuple[str, nn.Module]], tensor_name: str) -> Layout |
             if fnmatchcase(below, pattern):
                 if note is not None:
                     return note if isinstance(note, str) else layout_in(note, module)
-                break  # this one says nothing; those around it may
+                break  # this module says nothing; one around it may
     return None
 
 
 def layout_named(module: nn.Module, name: str) -> Layout:
-    """Return the layout of the tensor `name` of a module, the table's where the table knows it.
+    """Return the layout of the tensor `name` of a module: the table's, or else `"bare"`.
 
     Raises:
-        ValueError: if the module has no such tensor, with the names it has.
-        TypeError: if it is quantised.
+        ValueError: if the module has no such tensor (the message lists those it has), or a hook of
+            torch's pruning or weight_norm computes it.
+        TypeError: if the module is quantised.
     """
     if is_packed(module):
         raise TypeError(packed_message(module))
@@ -148,7 +151,7 @@ def layout_named(module: nn.Module, name: str) -> Layout:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether a module keeps its weights packed, out of reach, as torch's quantised ones do."""
+    """Return whether a module keeps its weights packed, as torch's quantised modules do."""
     if not any("quantized" in cls.__module__.split(".") for cls in type(module).__mro__):
         return False
     cell, recurrent = "_packed_weight_ih" in vars(module), "_all_weight_values" in module._modules
@@ -156,16 +159,17 @@ def is_packed(module: nn.Module) -> bool:
 
 
 def packed_message(module: nn.Module) -> str:
-    """Return what to say of a quantised module."""
+    """Return the error message for a quantised module."""
     kind = type(module).__name__
     return f"{kind} is quantised: its weight is packed; {QUANTISE_LAST}"
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """Parameters, buffers and parametrized tensors of a module and its children, by name.
+    """Yield parameters, buffers and parametrized tensors of a module and its children, by name.
 
-    A tensor that is parametrized already is given as None: reading it could compute it. What a hook
-    computes another tensor from, as pruning and weight_norm do, is no weight of the module.
+    A tensor that is parametrized already comes as None, because reading it could compute it. A
+    tensor from which a hook computes another one, as pruning and weight_norm do, is left out: it is
+    no weight of the module.
     """
     for prefix, owner in [("", module), *((f"{n}.", m) for n, m in module.named_children())]:
         if prefix == "parametrizations.":

@@ -1,4 +1,4 @@
-"""Which tensors can be read as matrices, and what to say of those that cannot."""
+"""Checks of whether a tensor can be read as matrices, and the problems that they report."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ QUANTISE_LAST = "convert, train and restore_model before quantising"
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a tensor cannot be normalised, and what would help.
+    """A reason why a tensor cannot be normalised, with its remedy.
 
     Attributes:
         what: the reason, in words.
-        remedy: what to do.
-        error: what `register_sn` raises.
-        refuses: whether a conversion refuses instead of skipping the weight: calls were made in the
-            wrong order, and a network with this weight left out is not what was meant.
+        remedy: what the user can do, in words.
+        error: type of the exception that `register_sn` raises.
+        refuses: whether a conversion refuses instead of skipping the weight, because calls were
+            made in the wrong order, and a network with this weight left out is not what was meant.
     """
 
     what: str
@@ -42,7 +42,7 @@ class Problem:
 
 
 def is_lazy(tensor: Tensor) -> bool:
-    """Whether a tensor has no shape yet."""
+    """Return whether a tensor is a parameter or buffer of a lazy module, without a shape yet."""
     return nn.parameter.is_lazy(tensor)
 
 
@@ -68,10 +68,10 @@ def tensor_problem(tensor: Tensor) -> Problem | None:
 
 
 def reading_problem(tensor: Tensor, view: View) -> Problem | None:
-    """Return why a tensor of somebody else's type cannot be computed with as a matrix, or None.
+    """Return why a tensor of another library's type cannot be computed with as a matrix, or None.
 
-    That is tried. Quantised tensors of other libraries raise what they like, and the products of
-    some types are tensors of their own kind, which cannot be kept in a state.
+    The function tries it: quantised tensors of other libraries raise exceptions of any type, and
+    the products of some types are tensors of that type again, which a state cannot keep.
     """
     if type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor):
         return None

@@ -1,4 +1,4 @@
-"""Rows of torch's own layers."""
+"""The rows of torch's own layers in the layer table."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def _restore_flat_weights(module: nn.Module) -> None:
     module._init_flat_weights()  # type: ignore[operator]
 
 
-# nn.RNNBase computes with a list of references to its parameters. Here the list is made of what the
-# attributes give, for each forward anew, and nothing is kept that a copy or a move would miss.
+# nn.RNNBase computes with a list of references to its parameters. These attributes make the list in
+# each forward, of what the layer's tensors are then, so that nothing is kept that a copy or a move
+# of the layer would miss.
 _RECURRENT_OVERRIDES: Mapping[str, Any] = {
     "_flat_weights": property(
         lambda module: [getattr(module, name, None) for name in module._flat_weights_names],
@@ -52,6 +53,7 @@ _RECURRENT_OVERRIDES: Mapping[str, Any] = {
 
 
 def _recurrent(kind: type[nn.Module], cell: type[nn.Module], gates: int) -> list[LayerType]:
+    """Return the rows of a recurrent layer and of its cell, with one block for each gate."""
     natural = Layout("rows", natural=gates)
     stacked = {"weight_ih_l*": natural, "weight_hh_l*": natural, "weight_hr_l*": _rows}
     return [

@@ -1,4 +1,4 @@
-"""torch's own tools that compute a weight from another tensor, and how they are recognised."""
+"""Recognition of torch's own tools that compute a weight from another tensor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from snparam.matrices.views import View
 _SPECTRAL = "torch's spectral norm"
 _WEIGHT_NORM = "torch's weight_norm, which sets the length of every row"
 _PRUNING = "torch's pruning (torch.nn.utils.prune), which multiplies it by a mask"
-# What torch's parametrizations do, by the name of their class, which is private.
+# Descriptions of torch's parametrizations by the names of their classes, which are private.
 _KINDS = {
     "_SpectralNorm": _SPECTRAL,
     "_WeightNorm": _WEIGHT_NORM,
@@ -36,7 +36,7 @@ class Spectral:
         name: name of the tensor in it.
         original: the Parameter behind the tensor.
         u: torch's estimate of the left singular vector of its matrix.
-        v: of the right one.
+        v: torch's estimate of the right singular vector of its matrix.
         axis: the axis that counts the rows of its matrix.
         hook: the deprecated hook, or None for a parametrization.
     """
@@ -50,22 +50,25 @@ class Spectral:
     hook: SpectralNorm | None
 
     def left_vector(self, view: View) -> Tensor | None:
-        """Its u as that of a view, (1, 1, m), or None if it is of other matrices or not finite."""
+        """Return the u (1, 1, m) of a view, from torch's vectors.
+
+        The result is None if torch reads other matrices, or the vector is not finite.
+        """
         found = left_vector(view, self.axis, self.u, self.v)
         return found if found is not None and bool(found.isfinite().all()) else None
 
     def sigma(self) -> Tensor:
-        """The σ () that it divides by in eval mode."""
+        """Return the σ () that torch divides by in eval mode."""
         return torch_sigma(self.original, self.axis, self.u, self.v)
 
 
 def spectral_on(owner: nn.Module, name: str) -> Spectral | None:
-    """torch's spectral norm on a tensor of a module, if that is all there is on it."""
+    """Return torch's spectral norm on a tensor of a module, or None if it is not there alone."""
     if parametrize.is_parametrized(owner, name):
         lists: Any = owner.parametrizations
         norm = lists[name][0]
         alone = len(lists[name]) == 1 and is_torch_spectral_norm(norm)
-        if not alone or not hasattr(norm, "_u"):  # which tensors of one dimension have not
+        if not alone or not hasattr(norm, "_u"):  # torch keeps no u for tensors of one dimension
             return None
         return Spectral(owner, name, lists[name].original, norm._u, norm._v, norm.dim, None)
     for hook in owner._forward_pre_hooks.values():
@@ -80,21 +83,21 @@ def spectral_on(owner: nn.Module, name: str) -> Spectral | None:
 
 
 def hooked(owner: nn.Module) -> Iterator[str]:
-    """Names of the tensors of a module that torch's deprecated spectral norm computes."""
+    """Yield the names of the tensors of a module that torch's deprecated spectral norm computes."""
     for hook in owner._forward_pre_hooks.values():
         if isinstance(hook, SpectralNorm) and spectral_on(owner, hook.name) is not None:
             yield hook.name
 
 
 def kind_on(owner: nn.Module, name: str) -> str:
-    """What a tensor is parametrized by, in words."""
+    """Return, in words, the parametrizations of a tensor."""
     lists: Any = owner.parametrizations
     kinds = [type(part).__name__ for part in lists[name]]
     return ", ".join(_KINDS.get(kind, kind) for kind in kinds)
 
 
 def hook_behind(owner: nn.Module, name: str) -> str | None:
-    """What hook a Parameter such as `weight_v` or `weight_orig` belongs to, in words, or None."""
+    """Return, in words, the hook that computes with a Parameter such as `weight_v`, or None."""
     for hook in owner._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and name in (f"{hook.name}_g", f"{hook.name}_v"):
             return _WEIGHT_NORM
@@ -104,5 +107,5 @@ def hook_behind(owner: nn.Module, name: str) -> str | None:
 
 
 def hook_on(owner: nn.Module, name: str) -> str | None:
-    """What hook computes a tensor such as `weight`, in words, or None."""
+    """Return, in words, the hook that computes a tensor such as `weight`, or None."""
     return hook_behind(owner, f"{name}_v") or hook_behind(owner, f"{name}_orig")

@@ -1,6 +1,6 @@
-"""How torch's own two spectral norms read a weight, next to how a view does.
+"""The matrix that torch's own two spectral norms read in a weight, compared with that of a view.
 
-torch reads one matrix, with the axis `dim` as rows and all others, in order, as columns.
+torch reads one matrix, whose rows are the axis `dim`, and whose columns are all others, in order.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def torch_axis(owner: nn.Module) -> int:
-    """The axis that torch takes as rows in a module where nobody says which."""
+    """Return the axis that torch takes as rows in a module by default."""
     return 1 if isinstance(owner, _TRANSPOSED) else 0
 
 
 def relation(view: View, axis: int) -> Literal["same", "transposed"] | None:
-    """Whether torch, with `axis` as rows, reads the matrix of a view, its transpose or others."""
+    """Return how the matrix that torch reads, with `axis` as rows, relates to those of a view.
+
+    Returns:
+        `"same"` for the view's matrix, `"transposed"` for its transpose, None for others.
+    """
     if view.matrices[0] > 1:
         return None
     strides = torch.empty(view.shape, device="meta").reshape(view.split).stride()
@@ -41,14 +45,21 @@ def relation(view: View, axis: int) -> Literal["same", "transposed"] | None:
 
 
 def _long(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Axes, as (size, stride), without those of length 1."""
+    """Return axes, as (size, stride), without those of length 1."""
     return [(size, stride) for size, stride in axes if size != 1]
 
 
 def fitting_axis(shape: tuple[int, ...], axis: int, u: Any, v: Any) -> int | None:
-    """The axis by which torch's u and v are those of a weight of this shape; `axis` if it can be.
+    """Return the axis that, taken as rows, fits the lengths of torch's u and v; `axis` if it does.
 
-    Either vector may be None. None if there is no such axis: they belong to another weight.
+    Args:
+        shape: shape of the weight.
+        axis: the axis to try first.
+        u: torch's u, (m,), or None.
+        v: torch's v, (n,), or None.
+
+    Returns:
+        the axis, or None if there is none: the vectors belong to another weight.
     """
     axes: list[int] = [axis, *range(len(shape))]
     for rows in axes:
@@ -63,9 +74,12 @@ def _is_vector(x: Any, length: int) -> bool:
 
 
 def left_vector(view: View, axis: int, u: Tensor | None, v: Tensor | None) -> Tensor | None:
-    """torch's u (m,) and v (n,), with `axis` as rows, as the u (1, 1, m) of a view.
+    """Return the u (1, 1, m) of a view, from torch's u and v, which have `axis` as rows.
 
-    None if torch reads other matrices, or what would be u is not there.
+    Where torch reads the transpose, the view's u is the conjugate of torch's v.
+
+    Returns:
+        u, or None if torch reads other matrices, or the vector that would be u is None.
     """
     found = {"same": u, "transposed": None if v is None else v.conj(), None: None}
     vector = found[relation(view, axis)]
@@ -74,15 +88,22 @@ def left_vector(view: View, axis: int, u: Tensor | None, v: Tensor | None) -> Te
 
 @torch.no_grad()
 def torch_sigma(weight: Tensor, axis: int, u: Tensor | None, v: Tensor | None) -> Tensor:
-    """The σ () that torch divides a weight by in eval mode: uᴴ W v, of what there is of u and v.
+    """Return the σ () that torch divides a weight by in eval mode, uᴴ W v.
 
-    Without v, that of one step from u, ‖W Wᴴu‖ / ‖Wᴴu‖. 1 where that is zero, NaN or inf, so that
-    what is divided by it stays what it is.
+    Without v it is the σ of one step from u, ‖W Wᴴu‖ / ‖Wᴴu‖; without u it is ‖W v‖. Where σ is
+    zero, NaN or inf the result is 1, so that a division by it changes nothing.
+
+    Args:
+        weight: the original.
+        axis: the axis that torch takes as rows.
+        u: torch's u, (m,), or None if v is given.
+        v: torch's v, (n,), or None if u is given.
     """
     dtype = compute_dtype(weight.dtype)
     matrix = weight.detach().movedim(axis, 0).flatten(1)
     if u is not None and v is not None:
-        # As torch does, in the weight's dtype: before it has converged little may be left of σ.
+        # In the weight's dtype, as torch does: before u and v have converged, σ may be small, and
+        # its rounding may matter.
         sigma = torch.vdot(u.detach().to(matrix), torch.mv(matrix, v.detach().to(matrix))).real
     else:
         matrix = matrix.to(dtype)
@@ -98,22 +119,23 @@ def torch_sigma(weight: Tensor, axis: int, u: Tensor | None, v: Tensor | None) -
 
 @torch.no_grad()
 def torch_vectors(weight: Tensor, view: View, axis: int, u: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The u (m,) and v (n,) with which torch computes the σ that one step from our u finds.
+    """Return the u and v with which torch computes the σ that one step from snparam's u finds.
 
     Args:
         weight: the original.
-        view: how we read it.
-        axis: the one that torch takes as rows.
-        u: ours, (1, k, m).
+        view: how snparam reads it.
+        axis: the axis that torch takes as rows.
+        u: snparam's u, (1, k, m).
 
     Returns:
-        torch's u and v, in the dtype of the weight, or None if torch reads other matrices.
+        torch's u (m,) and v (n,), in the dtype of the weight, or None if torch reads other
+        matrices.
     """
     kind = relation(view, axis)
     if kind is None:
         return None
     dtype = compute_dtype(weight.dtype)
-    # The columns in torch's order, whatever the weight's memory format.
+    # Contiguous, because a view orders the columns by memory format, and torch does not.
     weight = weight.detach().contiguous()
     stack: Tensor | ShardedStack
     if is_sharded(weight):

@@ -1,4 +1,4 @@
-"""Rows of diffusers: experts in one parameter, and their routers."""
+"""The rows of diffusers: layers with all experts in one parameter, and their routers."""
 
 from __future__ import annotations
 

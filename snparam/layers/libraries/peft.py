@@ -1,4 +1,4 @@
-"""Rows of peft: an adapter is left as it is, and the layer that it is put on is normalised."""
+"""The rows of peft: adapters are left alone, and the layers that they adapt are normalised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of timm: fused q/k/v, convolutions chosen from experts, convolutions that standardise."""
+"""The rows of timm: fused q/k/v, convolutions mixed from experts, standardised convolutions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from snparam.matrices.views import Layout
 
 
 def _conditional(module: Any) -> Layout:
-    """(experts, outputs · inputs / groups · kernel): one flattened convolution for each expert."""
+    """Return the layout of a weight with the flattened convolution of each expert in a row.
+
+    weight: (num_experts, out_channels · in_channels / groups · prod(kernel_size))
+    """
     return Layout(
         "stack",
         natural=module.groups,
@@ -23,7 +26,7 @@ def _conditional(module: Any) -> Layout:
     )
 
 
-# Attentions of timm that reshape the outputs of `qkv` to (..., 3, heads, width): q, then k, then v.
+# The attentions that reshape the outputs of `qkv` to (..., 3, heads, width): q, then k, then v.
 _TIMM_FUSED = (
     "timm.layers.attention.Attention*",
     "timm.layers.attention_pool2d.*AttentionPool2d",

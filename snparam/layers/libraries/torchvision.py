@@ -1,4 +1,4 @@
-"""Rows of torchvision."""
+"""The row of torchvision: its deformable convolution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of transformers: input-first layers, experts in one parameter, routers, decay rates."""
+"""The rows of transformers: input-first layers, experts in one parameter, routers, decay rates."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ _DECAY = "its entries are decay rates of a recurrence, used one by one, and no m
 
 
 def _experts(module: Any) -> Layout:
-    """All experts in one parameter: (experts, outputs, inputs), or input-first.
+    """Return the layout of all experts in one parameter: (experts, outputs, inputs) or input-first.
 
-    transformers' experts say which, since they share their implementations. `natural` counts gate
-    and up projection, where one is stacked on the other.
+    transformers' experts share their implementations, so each says which by `is_transposed`.
     """
     return _stack_columns if getattr(module, "is_transposed", False) else _stack
 
 
 def _fused_experts(module: Any) -> Layout:
+    """Return the layout of experts whose gate and up projection may be stacked in one matrix.
+
+    `natural` is then 2, one block for each projection.
+    """
     parts = (
         2 if getattr(module, "is_concatenated", None) and getattr(module, "has_gate", None) else 1
     )
@@ -36,6 +39,7 @@ def _fused_experts(module: Any) -> Layout:
 
 
 def _unknown_orientation(module: Any) -> str | None:
+    """Return why experts that do not say how they are stored are left alone, else None."""
     if isinstance(getattr(module, "is_transposed", None), bool):
         return None
     return (
@@ -45,6 +49,8 @@ def _unknown_orientation(module: Any) -> str | None:
 
 
 def _dbrx(kind: str) -> Any:
+    """Return the layout function of DBRX, which keeps the rows of all experts in one matrix."""
+
     def layout(module: Any) -> Layout:
         return Layout(kind, into=(module.moe_num_experts, -1, module.hidden_size))
 
@@ -56,7 +62,7 @@ def _gpt2_attention(module: Any) -> Layout:
 
 
 def _classes(names: str) -> tuple[str, ...]:
-    """`mixtral.*Experts` for the class in transformers/models/mixtral/modeling_mixtral.py."""
+    """Return the qualified names of classes; `a.B` is B in transformers/models/a/modeling_a.py."""
     pairs = [name.split(".") for name in names.split()]
     return tuple(f"transformers.models.{where}.modeling_{where}.{name}" for where, name in pairs)
 
@@ -66,8 +72,8 @@ TYPES = [
         names=("transformers.pytorch_utils.Conv1D",),
         weights={"weight": _columns},
     ),
-    # Before the pattern below, which the names of some of these fit: they do not say how they store
-    # their experts.
+    # This row comes before the pattern `*Experts` below, which matches some of these names, because
+    # these classes do not say how they store their experts.
     LayerType(
         names=_classes(
             "llama4.Llama4TextExperts gpt_oss.GptOssExperts aria.AriaExperts "
