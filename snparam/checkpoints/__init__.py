@@ -1,1 +1,1 @@
-"""The state of normalised weights under other names in state dicts. Knows no files."""
+"""The state of normalised weights under other keys of state dicts; nothing here opens a file."""

@@ -1,8 +1,8 @@
-"""What `load_state_dict` of a normalised module does with the keys that it finds.
+"""Loading: `load_state_dict` of a normalised module accepts every registered spelling.
 
-It renames what it finds in one of the registered spellings (see `spellings/`) to snparam's own, and
-estimates what is not there. It reports nothing that torch would report by itself: what nobody
-understands it leaves in its place.
+Entries in one of the registered spellings (see `spellings/`) are renamed to snparam's own keys, and
+the parts of the state that are missing are estimated. Entries that no spelling can read stay where
+they are, so that torch reports them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from snparam.parametrization.extensions import (
 from snparam.parametrization.find import NormalisedWeight, norms_of
 from snparam.parametrization.spectral_norm import SpectralNorm
 
-# While tied weights are loaded with `assign=True`, one owner after the other: the Parameter that
-# the first of them had, and the one that it has got.
+# While tied weights are loaded with `assign=True`, one owner after the other: for the state that
+# they share, the Parameter that the first of them had, and the one that it got.
 _assigned: WeakKeyDictionary[SpectralNorm, tuple[ReferenceType[Tensor], ReferenceType[Tensor]]]
 _assigned = WeakKeyDictionary()
 
@@ -63,9 +63,9 @@ def _load(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Load what is the owner's own, and then respell its weights, which its children load.
+    """Load a module's direct tensors, and then respell its weights, which its children load.
 
-    In this order, so that hooks and classes that rename keys of older versions have done so.
+    In this order, hooks and classes that rename keys of older versions have done so before.
     """
     load(
         owner,
@@ -81,17 +81,24 @@ def _load(
     before = set(state_dict)
     for name, norm in list(norms_of(owner)):
         weight = NormalisedWeight(prefix[:-1], owner, name, norm)
-        # Under a second parametrization a plain weight is not what the original is.
+        # With a second parametrization, the weight of a plain checkpoint is not the original.
         if len(weight.list) == 1 and "original" in _tensors_of(weight.list):
             _Arrival(weight, state_dict, error_msgs, assign).take_in()
     respelled = before.difference(state_dict)
-    if respelled:  # torch has reported those that are the owner's own
+    if respelled:  # torch has reported those that belong to no child of the owner
         unexpected_keys[:] = [key for key in unexpected_keys if key not in respelled]
 
 
 @dataclass
 class _Arrival:
-    """One normalised weight, as a state dict brings it."""
+    """The loading of one normalised weight from a state dict, which it changes in place.
+
+    Attributes:
+        weight: the weight in the model.
+        state_dict: the state dict that is being loaded.
+        errors: the messages that `load_state_dict` raises with, to which this one appends.
+        assign: whether tensors of the state dict replace those of the model.
+    """
 
     weight: NormalisedWeight
     state_dict: dict[str, Any]
@@ -99,7 +106,7 @@ class _Arrival:
     assign: bool
 
     def take_in(self) -> None:
-        """Respell in place; estimate what is missing, if the weight is there."""
+        """Respell the weight and its state; estimate what the state lacks, if there is a weight."""
         tensors = self._local_tensors()
         self._drop_echo(tensors)
         key = self._rename_weight(tensors)
@@ -132,7 +139,7 @@ class _Arrival:
         return f"parametrizations.{self.weight.tensor_name}.0.{tensor}"
 
     def _local_tensors(self) -> dict[str, Any]:
-        """What there is for the owner, by local key, without its own other tensors."""
+        """Return the entries for the owner, by local key, without those of its other tensors."""
         owner, prefix, name = self.weight.owner, self.weight.prefix, self.weight.tensor_name
         lists: Any = owner.parametrizations
         others = {*owner._parameters, *owner._buffers, *owner._modules, *lists} - {name}
@@ -146,10 +153,10 @@ class _Arrival:
         return found
 
     def _drop_echo(self, tensors: dict[str, Any]) -> None:
-        """Where another spelling has come too, drop the tensors that are the model's own.
+        """Drop entries that are the model's own tensors, where another spelling is there as well.
 
-        `torch.distributed.checkpoint.state_dict` fills up with them what it is given, and so do
-        people, by `{**model.state_dict(), **others}`.
+        `torch.distributed.checkpoint.state_dict` adds the model's tensors to the state dict that it
+        is given, and so do people, by `{**model.state_dict(), **others}`.
         """
         here, given = self.weight.original, tensors.get(self._local_original)
         others = {spelling.weight_key(self.weight.tensor_name) for spelling in SPELLINGS}
@@ -164,10 +171,11 @@ class _Arrival:
                 del tensors[key], self.state_dict[self.weight.prefix + key]
 
     def _rename_weight(self, tensors: dict[str, Any]) -> str | None:
-        """Give the weight its own key; the local key that it had, if it is there."""
+        """Move the weight to snparam's key; return the local key that it had, None without it."""
         name = self.weight.tensor_name
         keys = [spelling.weight_key(name) for spelling in SPELLINGS]
-        # The plain one last: an old hook's checkpoint has the normalised weight under it.
+        # The plain key is tried last: checkpoints of torch's hook before 1.0 have the normalised
+        # weight under it, beside the original.
         key = next((k for k in sorted(keys, key=name.__eq__) if k in tensors), None)
         if key is not None and key != self._local_original:
             self.state_dict[self.original] = self.state_dict.pop(self.weight.prefix + key)
@@ -176,9 +184,9 @@ class _Arrival:
     # State
 
     def _take_state(self, tensors: dict[str, Any], key: str | None) -> State | None:
-        """Take the state out of the state dict, and report what does not fit."""
+        """Return the state, remove the entries it was read from, and report those that misfit."""
         if self._local("u") in tensors or self._local("sv") in tensors:
-            key = self._local_original  # for torch loads what is under our keys
+            key = self._local_original  # torch loads what is under snparam's keys
         name = self.weight.tensor_name
         for spelling in sorted(SPELLINGS, key=lambda s: s.weight_key(name) != key):
             state = spelling.read(self.weight, tensors)
@@ -191,7 +199,7 @@ class _Arrival:
         return None
 
     def _report(self, misfit: Misfit) -> None:
-        """Report a tensor as torch does, unless torch will."""
+        """Report a misfit in torch's words, unless its key is there for torch to report."""
         key = self.weight.prefix + misfit.key
         if key in self.state_dict:
             return
@@ -207,7 +215,7 @@ class _Arrival:
             )
 
     def _put_alone(self, state: State | None) -> None:
-        """Load a state without its weight, which torch reports as missing."""
+        """Put a state under snparam's keys without its weight, which torch reports as missing."""
         for tensor in ("u", "sv"):
             value = None if state is None or state.misfits else getattr(state, tensor)
             if value is not None:
@@ -216,15 +224,16 @@ class _Arrival:
     # Values
 
     def _has_fitting(self, original: Any) -> bool:
-        """Whether the weight, and the gain if there is one, have the shapes that they have here."""
+        """Return whether the weight, and a gain if there is one, have the shapes of the model's."""
         gain = self.state_dict.get(self._own("gain"))
         blocks = self.weight.norm.sv.shape[:1]
         return fits(original, self.weight.original) and (gain is None or has_shape(gain, blocks))
 
     def _hold_back(self) -> None:
-        """Load nothing of this weight: a weight and its state go together.
+        """Leave weight and state of the model as they are, because the two belong together.
 
-        What is of a wrong shape stays in the state dict, for torch to report.
+        All entries are replaced by the model's own tensors, except those of a wrong shape, which
+        stay for torch to report.
         """
         current: dict[str, Tensor] = {self.original: self.weight.original}
         for tensor in self.weight.norm.state_dict(keep_vars=True):
@@ -234,13 +243,13 @@ class _Arrival:
                 self.state_dict[key] = value
 
     def _keep_tied(self, weight: Tensor) -> bool:
-        """With `assign=True`, leave weights that are tied one Parameter; whether this one is.
+        """Keep tied weights one Parameter with `assign=True`; return whether this load is done so.
 
-        torch makes a Parameter of its own for every key. Where the checkpoint has other values for
-        the second, they part, and so do their states.
+        torch would make another Parameter for every key. Where the checkpoint has other values for
+        the second of the tied weights, the two get a Parameter and a state each.
         """
         if get_swap_module_params_on_conversion():
-            # torch leaves the Parameters that there are, and swaps none that has weak references.
+            # torch keeps the Parameters and swaps their contents, which weak references prevent.
             _assigned.pop(self.weight.norm, None)
             return False
         original = self.weight.original
@@ -264,7 +273,13 @@ class _Arrival:
 
     @torch.no_grad()
     def _complete(self, weight: Tensor, state: State, normalised: bool) -> None:
-        """Put all of the state beside a weight, estimated where the checkpoint has none."""
+        """Put a complete state beside a weight, and estimate what the checkpoint lacks.
+
+        Args:
+            weight: the original in the checkpoint.
+            state: the state that the checkpoint has for it.
+            normalised: whether the network that wrote the checkpoint normalises the weight.
+        """
         k = self.weight.norm.u.shape[1]
         if state.u is not None and not _has_direction(state.u):
             state = replace(state, u=None, sv=None)
@@ -286,7 +301,8 @@ class _Arrival:
         u, sv = completed(stack, given, state.sv, k)
         self._put(weight, u, sv)
         if lacks_gain:
-            # A normalised network computes with W / σ, by its own σ, an ordinary one with W.
+            # γ keeps the function of the network that wrote the checkpoint: it computed with W / σ,
+            # by its own σ, if it was normalised, and with W if it was an ordinary one.
             sigma = power_step(stack, u.to(stack.dtype)).sv[:, 0]
             start = torch.where(sigma == 0, 1.0, sigma)
             if normalised:
@@ -295,14 +311,14 @@ class _Arrival:
             self.state_dict[gain] = start.to(real_dtype(weight.dtype))
 
     def _as_loaded(self, weight: Tensor) -> Tensor:
-        """The weight in the dtype, and on the device, that it will have in the model."""
+        """Return the weight in the dtype, and on the device, that it will have in the model."""
         original = self.weight.original
         if self.assign or original.is_meta:
             return weight.detach()
         return weight.detach().to(original.device, original.dtype)
 
     def _put(self, weight: Tensor, u: Tensor | None, sv: Tensor | None) -> None:
-        """Write u and sv under their own keys, in the dtypes that a registration gives them."""
+        """Write u and sv under snparam's keys, in the dtypes that a registration gives them."""
         dtype = compute_dtype(weight.dtype)
         for key, value, kind in (("u", u, dtype), ("sv", sv, real_dtype(dtype))):
             if value is not self.state_dict.get(self._own(key)):
@@ -319,7 +335,7 @@ def _nothing() -> None:
 
 
 def _is_same(tensor: Any, other: Tensor) -> bool:
-    """Whether a tensor is another, in the same memory."""
+    """Return whether a value is a tensor that fits another and is in the same memory."""
     return (
         fits(tensor, other)
         and not (tensor.is_meta or other.is_meta)
@@ -328,7 +344,7 @@ def _is_same(tensor: Any, other: Tensor) -> bool:
 
 
 def _has_direction(u: Tensor) -> bool:
-    """Whether the power iteration can go on from u (b, k, m)."""
+    """Return whether u (b, k, m) is finite, and the first vector of each block is not zero."""
     return u.is_meta or bool(u.isfinite().all() and (u[:, 0] != 0).any(-1).all())
 
 

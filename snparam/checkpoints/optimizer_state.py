@@ -1,9 +1,9 @@
-"""The state of an optimizer, between an ordinary network and the converted one.
+"""The state dict of an optimizer, translated between an ordinary network and the converted one.
 
 An optimizer's state dict numbers parameters by their place in `model.parameters()`. In a converted
 network a layer's weight comes after its bias, and there may be gains, so that the numbers of one
-are wrong for the other: torch loads them, and the first step fails, or trains one parameter with
-the moments of another of its shape.
+network are wrong for the other: torch loads them, and the first step fails, or trains one parameter
+with the moments of another of the same shape.
 """
 
 from __future__ import annotations
@@ -37,29 +37,30 @@ def optimizer_state_dict_for(
 
         saved = snparam.optimizer_state_dict_for(model, optimizer, "plain")
 
-    What it has for a weight is that of the original, so that it goes with
-    `plain_state_dict(model, bake=False)` and `restore_model(model, bake=False)`. An ordinary one
-    has no gains: their state is left out, and starts anew.
+    The optimizer's state for a weight is that of its original, so that it belongs with
+    `plain_state_dict(model, bake=False)` and `restore_model(model, bake=False)`. An ordinary
+    network has no gains: `"plain"` leaves their state out, and `"snparam"` lets it start anew.
 
-    Both optimizers have to have been given the same parameters in the same groups, in the order of
+    Both optimizers must have been given the same parameters in the same groups, in the order of
     their networks or with their names (`model.named_parameters()`, torch 2.6 and later). A group of
     gains alone, as `parameter_groups` makes it, has no counterpart.
 
     Args:
         model: the converted network.
-        optimizer: the one that trains it.
-        spelling: whose numbers are wanted: `"plain"`, those of the ordinary network, or
-            `"snparam"`, those of `optimizer` itself.
-        state_dict: that of the ordinary network's optimizer, for `"snparam"`; for `"plain"`, one of
-            `optimizer`, None (the default) for `optimizer.state_dict()`.
+        optimizer: the optimizer that trains the converted network.
+        spelling: the numbers to return: `"plain"`, those of the ordinary network, or `"snparam"`,
+            those of `optimizer` itself.
+        state_dict: for `"snparam"`, the state dict of the ordinary network's optimizer; for
+            `"plain"`, one of `optimizer`, None (the default) for `optimizer.state_dict()`.
 
     Returns:
-        A state dict for `load_state_dict`, which shares its tensors with the one it is made of.
+        A state dict for `load_state_dict`, which shares its tensors with the one it is made from.
 
     Raises:
-        ValueError: if a group has other parameters in one than in the other, if the optimizer
-            trains parameters that the model does not have (FSDP1's, which are flat), or if it keeps
-            one state for all of them (LBFGS).
+        ValueError: for an unknown spelling, if a group has other parameters in one optimizer than
+            in the other, if the optimizer trains parameters that the model does not have (FSDP1's,
+            which are flat), if it keeps one state for all of them (LBFGS), or if a weight carries
+            another parametrization as well.
         TypeError: without a state dict for `"snparam"`.
     """
     if spelling not in ("plain", "snparam"):
@@ -81,15 +82,15 @@ def optimizer_state_dict_for(
     return _to_ours(groups, ours, state_dict)
 
 
-# A group of the optimizer: its place, and the numbers of its parameters by their plain names, in
-# the order of the ordinary network.
+# A group of the optimizer: its index in `param_groups`, and the numbers of its parameters by the
+# names that the ordinary network gives them, in the order of that network.
 _Group = tuple[int, dict[str, int]]
 
 
 def _matched(
     names: dict[int, str], optimizer: Optimizer, ours: dict[str, Any], gains: list[nn.Parameter]
 ) -> list[_Group]:
-    """The groups that an optimizer of the ordinary network has too."""
+    """Return the groups that an optimizer of the ordinary network has too, without the gains."""
     new = {id(gain) for gain in gains}
     order = {name: place for place, name in enumerate(names.values())}
     groups = []
@@ -114,6 +115,7 @@ def _matched(
 
 
 def _to_plain(groups: list[_Group], ours: dict[str, Any]) -> dict[str, Any]:
+    """Return the converted network's state dict with the numbers of the ordinary network."""
     state, param_groups = {}, []
     count = 0
     for place, numbers in groups:
@@ -130,6 +132,7 @@ def _to_plain(groups: list[_Group], ours: dict[str, Any]) -> dict[str, Any]:
 
 
 def _to_ours(groups: list[_Group], ours: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """Return the ordinary network's state dict with the numbers of the converted network."""
     if len(plain["param_groups"]) != len(groups):
         raise ValueError(
             f"optimizer_state_dict_for: the state dict has {len(plain['param_groups'])} groups of "
@@ -156,7 +159,7 @@ def _to_ours(groups: list[_Group], ours: dict[str, Any], plain: dict[str, Any]) 
 
 
 def _plain_names(model: nn.Module) -> dict[int, str]:
-    """The names that parameters have in the ordinary network, by identity, in its order."""
+    """Return the names of the ordinary network's parameters, by id, in that network's order."""
     names: dict[int, str] = {}
     for name, parameter in _plain_parameters(model, "", set()):
         names.setdefault(id(parameter), name)
@@ -166,7 +169,7 @@ def _plain_names(model: nn.Module) -> dict[int, str]:
 def _plain_parameters(
     module: nn.Module, prefix: str, seen: set[int]
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """What `named_parameters` gives for the ordinary network."""
+    """Yield what `named_parameters` of the ordinary network yields; `seen` has ids of modules."""
     if id(module) in seen:
         return
     seen.add(id(module))

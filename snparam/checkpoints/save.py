@@ -1,4 +1,4 @@
-"""Going back: the state dict of a converted network in other spellings of the same weights."""
+"""Saving: the state dict of a converted network in other spellings of the same weights."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from snparam.parametrization.find import NormalisedWeight, normalised_weights
 
 
 def plain_state_dict(model: nn.Module, bake: bool = True) -> dict[str, Any]:
-    """The state dict that the ordinary network has: its keys, in its order.
+    """Return the state dict of the ordinary network: its keys, in its order.
 
-    For `from_pretrained`, safetensors, and everything else that knows nothing of snparam. It is
-    what `restore_model(model, bake).state_dict()` would give, without changing the model.
+    It is for `from_pretrained`, safetensors, and everything else that knows nothing of snparam, and
+    equals `restore_model(model, bake).state_dict()`, without changing the model.
 
     Args:
-        model: a network with SpectralNorm on some of its weights, or without.
-        bake: True (the default): the normalised weights, to the bit those that eval mode uses.
-            False: the original ones.
+        model: a network with SpectralNorm on some of its weights, or on none.
+        bake: True (the default) for the normalised weights, to the bit those that eval mode uses;
+            False for the originals.
 
     Returns:
-        Tensors by key; those that are not baked share memory with the model, as in
+        Tensors by key. Baked weights are new tensors; all others share memory with the model, as in
         `model.state_dict()`. Weights that modules share are one tensor under several keys.
 
     Raises:
@@ -37,22 +37,23 @@ def plain_state_dict(model: nn.Module, bake: bool = True) -> dict[str, Any]:
 
 
 def state_dict_for(model: nn.Module, spelling: str) -> dict[str, Any]:
-    """The state dict that the same network has under another implementation.
+    """Return the state dict that the same network has under another implementation.
 
-    It loads there strictly, and computes there, in eval mode, what this network computes.
+    That implementation loads it strictly, and in eval mode computes what this network computes.
 
     Args:
         model: a network with SpectralNorm on some of its weights.
-        spelling: the name of one that is registered. `"torch"`:
+        spelling: name of a registered spelling. `"torch"`:
             `torch.nn.utils.parametrizations.spectral_norm` on the same weights.
-            `"torch-hook"`: the deprecated `torch.nn.utils.spectral_norm`. Both with their default
-            `dim`; they keep one singular value, and `u` is ahead by the step that eval takes.
+            `"torch-hook"`: the deprecated `torch.nn.utils.spectral_norm`. For both, with their
+            default `dim`, one singular vector is written, ahead by the step that eval takes here.
             `"biggan"`: the layers of Brock, Donahue and Simonyan 2019 (`u0`, `sv0`, ...).
-            `"plain"`: what `plain_state_dict(model)` gives; `"snparam"`: what `model.state_dict()`
-            does.
+            `"plain"`: the result of `plain_state_dict(model)`; `"snparam"`: that of
+            `model.state_dict()`.
 
     Returns:
-        Tensors by key. Parameters share memory with the model, as in `model.state_dict()`.
+        Tensors by key. Originals and ordinary tensors share memory with the model, as in
+        `model.state_dict()`.
 
     Raises:
         ValueError: for an unknown spelling, or if a weight cannot be expressed in it: several
@@ -68,9 +69,9 @@ def state_dict_for(model: nn.Module, spelling: str) -> dict[str, Any]:
 
 
 def _respelled(model: nn.Module, write: Callable[[NormalisedWeight], Spelled]) -> dict[str, Any]:
-    """The state dict of a model, with the keys of each normalised weight replaced.
+    """Return the state dict of a model, with the entries of each normalised weight replaced.
 
-    It is made from `model.state_dict()`, so that what modules add to theirs by hooks is in it.
+    It is made from `model.state_dict()`, so that it has the entries that modules add by hooks.
     """
     source = model.state_dict()
     owners: dict[str, list[NormalisedWeight]] = {}
@@ -95,12 +96,12 @@ def _respelled(model: nn.Module, write: Callable[[NormalisedWeight], Spelled]) -
     return result
 
 
-# The weights of each owner, by the prefix of its keys, and what stands for each of them.
+# The weights of each owner with the entries that replace theirs, by the prefix of the owner's keys.
 _Owners = dict[str, list[tuple[NormalisedWeight, Spelled]]]
 
 
 def _inside(key: str, spelled: _Owners) -> dict[str, Tensor] | None:
-    """What stands for a key below the parametrizations of a normalised weight, if it is one."""
+    """Return the entries that replace a key below a weight's parametrizations; else None."""
     for prefix in _prefixes(key):
         for weight, local in spelled.get(prefix, ()):
             inside = f"{prefix}parametrizations.{weight.tensor_name}."
@@ -112,10 +113,10 @@ def _inside(key: str, spelled: _Owners) -> dict[str, Tensor] | None:
 def _own_part(
     prefix: str, spelled: list[tuple[NormalisedWeight, Spelled]], source: dict[str, Any]
 ) -> dict[str, Any]:
-    """The keys of an owner's parameters and buffers, in the order of the ordinary module."""
+    """Return an owner's parameters and buffers by key, in the order of the ordinary module."""
     owner = spelled[0][0].owner
     lists: Any = owner.parametrizations
-    # What torch's `transfer_parametrizations_and_params` has put on a module has no order.
+    # Lists that torch's `transfer_parametrizations_and_params` has made have no order.
     order = getattr(lists[spelled[0][0].tensor_name], "_snparam_order", ())
     parameters = {n: source[prefix + n] for n in owner._parameters if prefix + n in source}
     buffers = {n: source[prefix + n] for n in owner._buffers if prefix + n in source}
@@ -130,6 +131,7 @@ def _own_part(
 
 
 def _metadata(source: dict[str, Any], spelled: _Owners) -> dict[str, Any]:
+    """Return the `_metadata` of a state dict, for the modules that the spelling writes."""
     metadata = OrderedDict(getattr(source, "_metadata", {}))
     for prefix, weights in spelled.items():
         for weight, local in weights:
@@ -147,7 +149,7 @@ def _metadata(source: dict[str, Any], spelled: _Owners) -> dict[str, Any]:
 
 
 def _prefixes(key: str) -> Iterator[str]:
-    """The prefixes of the modules around a key, outermost first."""
+    """Yield the prefixes of the modules around a key, outermost first."""
     yield ""
     for i, letter in enumerate(key):
         if letter == ".":

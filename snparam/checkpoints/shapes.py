@@ -1,4 +1,4 @@
-"""Whether what a checkpoint has is a tensor of the shape that it should have."""
+"""Checks of the values in a checkpoint: is each a tensor of the shape that it should have?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def has_shape(value: Any, shape: tuple[int | None, ...]) -> bool:
-    """Whether a value is a tensor of a shape, whose None stands for any length but zero."""
+    """Return whether a value is a tensor of a shape, in which None stands for any length but 0."""
     return (
         isinstance(value, Tensor)
         and value.ndim == len(shape)
@@ -20,7 +20,7 @@ def has_shape(value: Any, shape: tuple[int | None, ...]) -> bool:
 
 
 def fits(value: Any, tensor: Tensor) -> bool:
-    """Whether a value is a tensor that can be loaded into another."""
+    """Return whether a value is a tensor that can be loaded into another: same shape and layout."""
     return (
         isinstance(value, Tensor) and value.shape == tensor.shape and value.layout == tensor.layout
     )

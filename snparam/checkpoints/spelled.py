@@ -1,4 +1,4 @@
-"""What spellings that write a weight have in common."""
+"""Functions that the spellings share for writing a weight, or for refusing to."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from snparam.parametrization.find import NormalisedWeight
 def as_ordinary(
     weight: NormalisedWeight, value: Tensor, buffers: dict[str, Tensor] | None = None
 ) -> Spelled:
-    """A value for a weight under its own name, where it was before it was parametrized.
+    """Return a value as the entry of a weight under its own name, as if never parametrized.
 
     Args:
         weight: the weight.
-        value: of its shape.
-        buffers: what to write among the buffers of its owner beside it.
+        value: the tensor to write, of the weight's shape.
+        buffers: further tensors to write among the owner's buffers, by local name.
     """
     name, buffers = weight.tensor_name, buffers or {}
     if isinstance(weight.original, nn.Parameter):
@@ -29,8 +29,12 @@ def as_ordinary(
 def check_norm_is_one(weight: NormalisedWeight, spelling: str) -> None:
     """Refuse a weight that is not divided by one σ, and by that alone.
 
+    Args:
+        weight: the weight.
+        spelling: name of the spelling, for the error.
+
     Raises:
-        ValueError: with what it is divided by.
+        ValueError: if the weight has several blocks or another norm than 1; the error says which.
     """
     settings, blocks = weight.norm.settings, weight.norm.view.matrices[0]
     what = f"spelling {spelling!r}"
@@ -44,12 +48,12 @@ def check_norm_is_one(weight: NormalisedWeight, spelling: str) -> None:
 
 
 def inexpressible(weight: NormalisedWeight, what: str, why: str) -> ValueError:
-    """The error for a weight that another implementation cannot express.
+    """Return the error for a weight that another implementation cannot express.
 
     Args:
         weight: the weight.
-        what: what it was to be expressed as.
-        why: what stands against it.
+        what: the spelling or implementation that it was to be expressed in.
+        why: the reason why it cannot be.
     """
     return ValueError(
         f"SpectralNorm on {weight} cannot be expressed as {what}: {why}; use "

@@ -32,8 +32,8 @@ from snparam.parametrization.spectral_norm import STEPWISE, SpectralNorm
 
 # Weights of at most this many entries, by device type (`_ELSEWHERE` for all other types), are moved
 # together with others of their shape. Stacking copies them, which costs less than the operations of
-# a step for each of them only while they are small: a step on a CPU, and a launch on an accelerator,
-# cost as much as copying this many entries.
+# a step for each of them only while they are small: a step on a CPU, and a launch on an
+# accelerator, cost as much as copying this many entries.
 _STACKED_ENTRIES = {"cpu": 1 << 14}
 _ELSEWHERE = 1 << 21
 
@@ -92,8 +92,8 @@ def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     due = []
     for norm in list(STEPWISE):
         original = next((one for one in norm.originals() if id(one) in stepped), None)
-        # Optimizers nest: a state that an inner one has moved in this step is up to date, unless its
-        # weight has changed since.
+        # Optimizers nest: a state that an inner one has moved in this step is up to date, unless
+        # its weight has changed since.
         if original is not None and not (norm.moved_at > began and norm.knows(original)):
             due.append((norm, original))
     _move_all(due)

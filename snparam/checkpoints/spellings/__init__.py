@@ -1,6 +1,6 @@
-"""The spellings, one file each, which reads and writes it and registers itself.
+"""The spellings: each file reads and writes one, and registers itself.
 
-One state of a tensor `weight` under four spellings, and none under the plain one:
+These are the keys of a tensor `weight` and its state in each; the plain one writes no state:
 
     plain       weight
     snparam     parametrizations.weight.original, .0.u (b, k, m), .0.sv (b, k), .0.gain (b,)
@@ -9,7 +9,7 @@ One state of a tensor `weight` under four spellings, and none under the plain on
     biggan      weight, u0 (1, m), sv0 (1,), u1, sv1, ...
 """
 
-# In the order in which they are asked: ours before torch's, whose weight has the same key.
+# They are asked in the order of these imports: ours before torch's, whose weight has the same key.
 from snparam.checkpoints.spellings import plain  # isort: skip
 from snparam.checkpoints.spellings import ours, torch, torch_hook, biggan  # isort: skip
 

@@ -26,12 +26,16 @@ _WHAT = "BigGAN's layer"
 
 
 class BigGAN(Spelling):
-    """`weight`, `u0` (1, m), `sv0` (1,), `u1`, `sv1`, ...; a layer has one weight, of that name."""
+    """The spelling `weight`, `u0` (1, m), `sv0` (1,), `u1`, `sv1`, ...: one weight a layer."""
 
     name = "biggan"
 
     def read(self, weight: NormalisedWeight, tensors: Mapping[str, Any]) -> State | None:
-        """All the vectors that there are, up to the first that is missing, and their values."""
+        """Return all vectors, up to the first that is missing, and their values if none is missing.
+
+        Vectors of one matrix say nothing of several blocks: a weight that is read as blocks gets no
+        u, and only the σ that BigGAN's layer divides by.
+        """
         if weight.tensor_name != _WEIGHT or "u0" not in tensors:
             return None
         blocks, rows, _ = weight.norm.view.matrices
@@ -55,10 +59,11 @@ class BigGAN(Spelling):
         return State(u, None if sv is None else sv.unsqueeze(0), keys)
 
     def write(self, weight: NormalisedWeight) -> Spelled:
-        """All the vectors and values that are tracked.
+        """Return the original with all the vectors and values that are tracked.
 
         Raises:
-            ValueError: for a weight of another name, a complex one, or one with other rows.
+            ValueError: for a weight of another name than `weight`, one whose norm is not 1, a
+                complex one, or one with other rows than BigGAN's layer reads.
         """
         check_norm_is_one(weight, self.name)
         if weight.tensor_name != _WEIGHT:

@@ -1,4 +1,4 @@
-"""snparam's own spelling, which `state_dict` of a converted network has."""
+"""snparam's own spelling, in which `state_dict` of a converted network is."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from snparam.parametrization.find import NormalisedWeight
 
 
 class Ours(Spelling):
-    """`parametrizations.weight.original`, `.0.u`, `.0.sv` and, with a gain, `.0.gain`."""
+    """The spelling `parametrizations.weight.original`, `.0.u`, `.0.sv`; `.0.gain` with a gain."""
 
     name = "snparam"
 
     def weight_key(self, tensor_name: str) -> str:
-        """That of torch's parametrizations, which keep the weight."""
+        """Return the key under which torch's parametrize keeps the original."""
         return f"parametrizations.{tensor_name}.original"
 
     def read(self, weight: NormalisedWeight, tensors: Mapping[str, Any]) -> State | None:
-        """The state, of any number of singular values; it stays where it is, for torch to load."""
+        """Return the state, of any number of singular values; torch loads its entries itself."""
         inside = f"parametrizations.{weight.tensor_name}.0."
         u, sv = tensors.get(f"{inside}u"), tensors.get(f"{inside}sv")
         if u is None and sv is None:
@@ -40,7 +40,7 @@ class Ours(Spelling):
         return State(u, sv, misfits=tuple(misfits))
 
     def write(self, weight: NormalisedWeight) -> Spelled:
-        """What `state_dict` has."""
+        """Return the entries that `state_dict` has."""
         state = weight.norm.state_dict()
         inner = {f"0.{name}": tensor for name, tensor in state.items()}
         return Spelled(inner={"original": weight.original.detach(), **inner})

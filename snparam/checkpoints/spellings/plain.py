@@ -14,20 +14,20 @@ from snparam.parametrization.find import NormalisedWeight
 
 
 class Plain(Spelling):
-    """`weight`: what eval mode uses or, without `bake`, the original."""
+    """The spelling `weight`: the weight that eval mode uses or, without `bake`, the original."""
 
     name = "plain"
 
     def __init__(self, bake: bool = True) -> None:
-        """Say which weights to write; both are read alike."""
+        """Choose which weights to write; reading does not depend on it."""
         self.bake = bake
 
     def write(self, weight: NormalisedWeight) -> Spelled:
-        """The weight under its own name, where it was before it was parametrized."""
+        """Return the weight under its own name, as if never parametrized."""
         return as_ordinary(weight, self._value(weight))
 
     def writer(self, model: nn.Module) -> Callable[[NormalisedWeight], Spelled]:
-        """Weights that modules share are one tensor.
+        """Return a function that writes weights which modules share as one tensor.
 
         Raises:
             ValueError: with `bake`, if a weight is shared with a module that uses it as it is.

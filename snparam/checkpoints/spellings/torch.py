@@ -28,29 +28,47 @@ from snparam.parametrization.find import NormalisedWeight
 
 
 class Torch(Spelling):
-    """`parametrizations.weight.original`, `.0._u` (m,) and `.0._v` (n,)."""
+    """The spelling `parametrizations.weight.original`, `.0._u` (m,) and `.0._v` (n,)."""
 
     name = "torch"
 
     def weight_key(self, tensor_name: str) -> str:
-        """The same as ours."""
+        """Return the key under which torch's parametrize keeps the original, the same as ours."""
         return f"parametrizations.{tensor_name}.original"
 
     def read(self, weight: NormalisedWeight, tensors: Mapping[str, Any]) -> State | None:
-        """torch's u, where it is of our matrix. Its v is not needed: it follows from u."""
+        """Return the state by torch's vectors, or None where neither is there; see `state_in`."""
         inside = f"parametrizations.{weight.tensor_name}.0."
         keys = f"{inside}_u", f"{inside}_v"
         return None if tensors.keys().isdisjoint(keys) else state_in(weight, tensors, *keys)
 
     def write(self, weight: NormalisedWeight) -> Spelled:
-        """One singular vector, one step ahead: torch takes none in eval mode."""
+        """Return the original with torch's vectors, after the step that eval takes here.
+
+        torch takes no step in eval mode, and keeps one singular vector on each side.
+
+        Raises:
+            ValueError: for a weight whose norm is not 1, or that torch reads as another matrix.
+        """
         check_norm_is_one(weight, self.name)
         u, v = vectors_for(weight, "torch's spectral_norm")
         return Spelled(inner={"original": weight.original.detach(), "0._u": u, "0._v": v})
 
 
 def state_in(weight: NormalisedWeight, tensors: Mapping[str, Any], u_key: str, v_key: str) -> State:
-    """The state by the vectors that torch keeps, of which one at least is there."""
+    """Return the state by the vectors that torch keeps, of which at least one is there.
+
+    Its u is torch's u where torch reads the matrix of the view, and torch's v where it reads the
+    transpose; the other vector is not needed, because it follows. Where torch reads another matrix,
+    the state has no u, but still the σ that torch divides by. Vectors that fit the weight by no
+    axis are reported as misfits.
+
+    Args:
+        weight: the weight in the model that loads.
+        tensors: the entries for the weight's owner, by local key.
+        u_key: local key of torch's u (m,).
+        v_key: local key of torch's v (n,).
+    """
     u, v, axis = tensors.get(u_key), tensors.get(v_key), torch_axis(weight.owner)
     shape = weight.norm.view.shape
     fitting = fitting_axis(shape, axis, u, v)
@@ -70,10 +88,14 @@ def state_in(weight: NormalisedWeight, tensors: Mapping[str, Any], u_key: str, v
 
 
 def vectors_for(weight: NormalisedWeight, what: str) -> tuple[Tensor, Tensor]:
-    """The vectors for torch to keep.
+    """Return the u (m,) and v (n,) with which torch divides by the σ that eval divides by here.
+
+    Args:
+        weight: the weight.
+        what: torch's implementation that they are for, as the error names it.
 
     Raises:
-        ValueError: if torch reads another matrix; `what` tells which of its two it would be for.
+        ValueError: if torch reads another matrix.
     """
     axis = torch_axis(weight.owner)
     vectors = torch_vectors(weight.original, weight.norm.view, axis, weight.norm.u)

@@ -15,16 +15,16 @@ _WHAT = "torch's deprecated hook"
 
 
 class TorchHook(Spelling):
-    """`weight_orig`, `weight_u` (m,) and `weight_v` (n,)."""
+    """The spelling `weight_orig`, `weight_u` (m,) and `weight_v` (n,)."""
 
     name = "torch-hook"
 
     def weight_key(self, tensor_name: str) -> str:
-        """The original's."""
+        """Return the key under which the hook keeps the original."""
         return f"{tensor_name}_orig"
 
     def read(self, weight: NormalisedWeight, tensors: Mapping[str, Any]) -> State | None:
-        """torch's u, where it is of our matrix. Its v is not needed: it follows from u."""
+        """Return the state by torch's vectors, or None where there is no u; see `state_in`."""
         name = weight.tensor_name
         if f"{name}_u" not in tensors:
             return None
@@ -35,7 +35,14 @@ class TorchHook(Spelling):
         return state
 
     def write(self, weight: NormalisedWeight) -> Spelled:
-        """One singular vector, one step ahead: torch takes none in eval mode."""
+        """Return the original with torch's vectors, after the step that eval takes here.
+
+        torch takes no step in eval mode, and keeps one singular vector on each side.
+
+        Raises:
+            ValueError: for a weight whose norm is not 1, a complex one, or one that torch reads as
+                another matrix.
+        """
         check_norm_is_one(weight, self.name)
         if weight.original.is_complex():
             raise inexpressible(weight, _WHAT, "it is complex")
