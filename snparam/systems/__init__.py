@@ -1,1 +1,1 @@
-"""Other people's systems around normalised modules, a file each, which registers itself."""
+"""Other people's systems around normalised modules: each file is for one, and registers itself."""

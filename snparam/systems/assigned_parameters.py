@@ -1,8 +1,9 @@
-"""What a module says where a new Parameter is assigned to one of its normalised weights.
+"""The error where a new Parameter is assigned to a normalised weight.
 
 `layer.weight = nn.Parameter(...)` is how tools replace weights, those that quantise or fold batch
 norm among them. A normalised weight is computed, so that there is no Parameter of its name to
-replace. torch raises a KeyError, "attribute 'weight' already exists"; this one says what to do.
+replace. torch raises a KeyError, "attribute 'weight' already exists"; the KeyError here also says
+what to do.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _METHOD = "register_parameter"
 
 
 def _refuse(method: Callable[..., Any], module: nn.Module, name: str, param: Any) -> None:
-    """Register a Parameter under a name that no normalised weight has."""
+    """Run `register_parameter`, and refuse the name of a normalised weight."""
     norm = norm_on(module, name)
     if norm is not None:
         raise KeyError(

@@ -1,15 +1,15 @@
-"""diffusers' `EMAModel.save_pretrained`, which would write originals as if they were the weights.
+"""diffusers' `EMAModel.save_pretrained`, which would write averaged originals as the weights.
 
 It makes an ordinary model, copies the averages of a network's Parameters into it by position, and
-saves that. For a converted network they are averages of originals, in another order: what is
-written is wrong and, where all tensors happen to fit, wrong in silence. Neither the average nor the
-ordinary model knows the network; but that model is of the network's class, and is configured and
-saved by methods of that class, which find the average on the stack of calls. diffusers is not
-imported; the names of those methods and of the average's list of tensors are all that is looked
-for.
+saves that model. For a converted network these are averages of originals, in another order: what is
+written is wrong and, where all tensors happen to fit, wrong in silence. Neither the EMAModel nor
+the ordinary model has a reference to the network; but the model is of the network's class, and
+methods of that class configure and save it, which can find the EMAModel on the call stack.
+diffusers is not imported; the names of those methods and of the EMAModel's list of tensors are all
+that is looked for.
 
-What is global: the converted networks that are still alive, because an average has no reference to
-the network whose Parameters it averages.
+The converted networks that are alive are kept in a global set, because an EMAModel has no reference
+to the network whose Parameters it averages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from snparam.parametrization.find import is_normalised
 from snparam.parametrization.frames import outward
 
 _SAVE = "save_pretrained"
-# The ordinary model's methods that the average calls, before it copies and after.
+# The ordinary model's methods that the EMAModel calls, before it copies the averages and after.
 _CALLED = ("register_to_config", _SAVE)
 _AVERAGES = "shadow_params"
 
@@ -35,7 +35,7 @@ _converted: WeakSet[nn.Module] = WeakSet()
 
 
 def refuse_averages(model: nn.Module) -> None:
-    """Let models of a converted model's class refuse to be filled by an average of such a model."""
+    """Let models of a converted model's class refuse to be filled with averages of such a model."""
     defined = [(cls, name) for name in _CALLED for cls in definitions(type(model), name)]
     if {name for _, name in defined} == set(_CALLED) and is_normalised(model):
         _converted.add(model)
@@ -45,7 +45,7 @@ def refuse_averages(model: nn.Module) -> None:
 
 def _unless_average(method: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     averages = _averages_being_saved(type(model))
-    # Models are configured a first time before they are made.
+    # `register_to_config` also runs before the model is initialised, when it has no `_modules`.
     is_ordinary = "_modules" in vars(model) and not is_normalised(model)
     if averages is not None and is_ordinary and _is_of_converted(averages, type(model)):
         kind = type(model).__name__
@@ -59,7 +59,7 @@ def _unless_average(method: Callable[..., Any], model: nn.Module, *args: Any, **
 
 
 def _averages_being_saved(kind: type) -> list[Tensor] | None:
-    """The averages of Parameters that are being saved as a model of some class, if any are."""
+    """Return the averages that are being saved as a model of class `kind`, or None without any."""
     for frame in outward(sys._getframe(1)):
         if frame.f_code.co_name == _SAVE:
             saver = frame.f_locals.get("self")
@@ -70,7 +70,7 @@ def _averages_being_saved(kind: type) -> list[Tensor] | None:
 
 
 def _is_of_converted(averages: list[Tensor], kind: type) -> bool:
-    """Whether the averages can be those of a converted network of some class."""
+    """Return whether averages have the shapes of a converted network's Parameters, of one class."""
     shapes = [tuple(average.shape) for average in averages]
     return any(
         shapes == [tuple(parameter.shape) for parameter in network.parameters()]

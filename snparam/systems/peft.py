@@ -1,11 +1,11 @@
-"""A normalised layer under a peft adapter refuses what would write to its weight.
+"""peft: a normalised layer under an adapter refuses the methods that would write to its weight.
 
 peft merges an adapter by `base_layer.weight.data += delta`, and some initialisations move a part of
 the weight into the adapter by the same means. A normalised weight is computed anew at each read, so
-that what is written to it is lost, and the adapter with it. A layer does not know the wrappers that
-it is put into, before its conversion or after it; but each of them asks what it wraps for
-`base_layer`, to find the innermost, before it writes. peft is not imported; that name, those of its
-modules and those of its methods are all that is looked for.
+that what is written to it is lost, and the adapter with it. A layer does not know the adapters that
+wrap it, before its conversion or after it; but before an adapter writes, it reads the attribute
+`base_layer` of the module that it wraps, to find the innermost one. peft is not imported; the names
+of that attribute, of peft's modules and of its methods are all that is looked for.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _ADAPT_FIRST = (
     "init_lora_weights=True for one"
 )
 _LEAVE_OUT = "leave this module out of the conversion, by exclude="
-# What to do instead of peft's methods that write to the weight (those of its version 0.21).
+# What to do instead, by peft's method that writes to the weight (those of its version 0.21).
 _INSTEAD = {
     **dict.fromkeys(("merge", "unmerge", "unload_and_optionally_merge_module"), _RESTORE),
     **dict.fromkeys(("pissa_init", "olora_init", "corda_init", "loftq_init"), _ADAPT_FIRST),
     **dict.fromkeys(("lora_ga_init", "_truncate_base_weight"), _ADAPT_FIRST),
-    "_restore_weights": _LEAVE_OUT,  # of MultiheadAttention, merged into in every forward
+    "_restore_weights": _LEAVE_OUT,  # of MultiheadAttention, into which each forward merges
 }
 
 
@@ -57,7 +57,7 @@ def allow_merging(owner: nn.Module) -> None:
 
 
 def _asked(self: nn.Module) -> Any:
-    """What any module without such an attribute, or with such a child, answers; or the refusal."""
+    """Answer for `base_layer` as any module does, or refuse if peft reads it in order to write."""
     norm = next((norm for _, norm in norms_of(self)), None)
     if norm is not None:
         method = _writing(sys._getframe(1))
@@ -74,7 +74,13 @@ _ANSWER = property(_asked)
 
 
 def _writing(frame: FrameType) -> str | None:
-    """The method of peft on whose way a wrapper asks, if it is one that writes."""
+    """Return the method of peft's that reads the attribute, if it is one that writes, or None.
+
+    The frames of `get_base_layer` are skipped: what matters is the method that calls it.
+
+    Args:
+        frame: the frame that reads the attribute.
+    """
     for asking in outward(frame):
         if not asking.f_globals.get("__name__", "").startswith("peft."):
             return None

@@ -1,7 +1,7 @@
-"""What a module with normalised weights says where it would be pickled.
+"""The error where a module with normalised weights would be pickled.
 
-Its class is made at run time, and no other process could find it. torch refuses too, in words that
-know of `state_dict` alone.
+Its class is made at run time, and no other process could find it. torch refuses too, but its error
+names `state_dict` alone as the way out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PICKLED = "__getstate__"
 
 
 def refuse_pickling(owner: nn.Module) -> None:
-    """Let a parametrized module, whose class is its own, say what to do instead of pickling it."""
+    """Let a module, whose class is its own, refuse pickling and say what to do instead."""
     wrap(type(owner), _PICKLED, _refuse)
 
 

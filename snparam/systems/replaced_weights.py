@@ -1,14 +1,15 @@
-"""Models that put other Parameters in the place of their weights, by tying and by resizing them.
+"""Tying and resizing: methods of a model that replace its weights by other Parameters.
 
 transformers ties by `setattr(module, "weight", other.get_parameter("weight"))`, and resizes an
 embedding and its head by writing to `weight.data` and by making a new head. On a converted model
-there is no Parameter of that name: assigning to one would copy values, and writing to one would be
-lost. Both methods therefore run on the ordinary modules. What shares a Parameter afterwards shares
-one state; what has another shape gets a state of that shape, with the options that it had. Neither
-transformers nor any other library is imported; the names of the methods are all that is looked for.
+there is no Parameter of that name: assigning to it would copy values, and what is written to it
+would be lost. Both methods therefore run on the ordinary modules. Weights that share a Parameter
+afterwards share one state; weights that have another shape get a state of that shape, with the
+options that they had. Neither transformers nor any other library is imported; the names of the
+methods are all that is looked for.
 
-The classes that define them do that, once a model of theirs was converted; for models without
-normalised weights they do what they did.
+The methods are wrapped in the classes that define them, once a model of such a class was converted;
+for models without normalised weights they do what they did.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ _RESIZED = ("get_input_embeddings", "get_output_embeddings")
 
 
 def replace_normalised(model: nn.Module) -> None:
-    """Let every module with normalised weights inside tie and resize its originals.
+    """Let every module of a model with normalised weights inside tie and resize its originals.
 
-    By the classes that define the methods.
+    The methods are wrapped in the classes that define them.
     """
     for module in model.modules():
         for name, around in ((_TIE, _as_ordinary), (_RESIZE, _resize)):
@@ -76,7 +77,7 @@ def _as_ordinary(method: Callable[..., Any], model: nn.Module, *args: Any, **kwa
         result = method(model, *args, **kwargs)
     finally:
         left = _put_back([_Place.of(model, weight) for weight in names], states, scales)
-        # Until here, or a Parameter made meanwhile could have had the identity of one that is gone.
+        # Kept until here, or a new Parameter could have got the id of one that is gone.
         del originals
     if left:
         raise ValueError("\n".join(map(_several_matrices, left)))
@@ -85,12 +86,12 @@ def _as_ordinary(method: Callable[..., Any], model: nn.Module, *args: Any, **kwa
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a weight was normalised, and what is there now.
+    """A place in a model where a weight was normalised, and the tensor that is there now.
 
     Attributes:
-        weight: what was there.
-        owner: the module that has its name now, or None.
-        tensor: its tensor of that name, or None.
+        weight: the normalised weight that was there.
+        owner: the module that now has the name of its owner, or None.
+        tensor: the tensor that now has its name in that module, or None.
     """
 
     weight: NormalisedWeight
@@ -110,15 +111,16 @@ class _Place:
 def _put_back(
     places: list[_Place], states: dict[int, SpectralNorm], scales: dict[int, float]
 ) -> list[NormalisedWeight]:
-    """Attach to each tensor the state that it had, and to those that had none their place's.
+    """Attach to each tensor the state that it had, or else the one that its place had.
 
     Args:
-        places: where to attach.
-        states: the state of each tensor that had one, by the tensor's identity.
-        scales: what each state with a gain multiplied its weight by, by the state's identity.
+        places: the places to attach states at.
+        states: the state of each tensor that had one, by the tensor's id; states of new tensors are
+            added.
+        scales: the factor γ / σ of each state with a gain, by the state's id.
 
     Returns:
-        The weights that have another shape now, in which the state's view cannot read them.
+        The weights left ordinary, because their view cannot read the shape that they have now.
     """
     left, taken = [], {id(states[id(p.tensor)]) for p in places if id(p.tensor) in states}
     for place in places:
@@ -132,7 +134,7 @@ def _put_back(
             continue
         norm = states.get(id(tensor))
         if norm is None or _resized(norm.view, shape) != view:
-            # Another weight may have kept the state that this place had.
+            # Another tensor may have kept the state that this place had.
             norm = copy.deepcopy(weight.norm) if id(weight.norm) in taken else weight.norm
             taken.add(id(norm))
             states[id(tensor)] = norm
@@ -148,7 +150,14 @@ def _put_back(
 
 @torch.no_grad()
 def _begin_anew(norm: SpectralNorm, view: View, weight: Tensor, scale: float | None) -> None:
-    """Make a state that of a weight of another shape, with the options and the gain it had."""
+    """Start a state anew for a weight of another shape, with the same options.
+
+    Args:
+        norm: the SpectralNorm with the state.
+        view: how the weight is read now.
+        weight: the original.
+        scale: the factor γ / σ that the gain is to keep, or None without a gain.
+    """
     blocks, rows, columns = view.matrices
     count = min(norm.u.shape[1], rows, columns)
     norm.view = view
@@ -162,14 +171,14 @@ def _begin_anew(norm: SpectralNorm, view: View, weight: Tensor, scale: float | N
 
 
 def _scale(weight: NormalisedWeight) -> float:
-    """What eval mode multiplies a weight by, γ / σ, for a weight that is one matrix; 1 for zero."""
+    """Return the γ / σ by which eval mode multiplies a weight of one block; 1 for a zero weight."""
     used = read_as_eval(weight.owner, weight.tensor_name)
     lengths = [torch.linalg.vector_norm(w.detach().double()) for w in (used, weight.original)]
     return float(lengths[0] / lengths[1]) if lengths[1] else 1.0
 
 
 def _resized(view: View, shape: tuple[int, ...]) -> View | None:
-    """The view that reads a weight of a shape alike, or None if there is none."""
+    """Return the view that reads the axes of another shape in the same way, or None without one."""
     if shape == view.shape:
         return view
     if view.split != view.shape or len(shape) != len(view.shape):
@@ -178,7 +187,7 @@ def _resized(view: View, shape: tuple[int, ...]) -> View | None:
 
 
 def _embeddings(model: nn.Module) -> Iterator[NormalisedWeight]:
-    """The normalised weights of a model's embeddings, and those that share their Parameters."""
+    """Return the normalised weights of a model's embeddings, and those that share a Parameter."""
     modules = [getattr(model, name)() for name in _RESIZED if hasattr(model, name)]
     weights = list(normalised_weights(model))
     originals = {id(w.original) for w in weights if any(w.owner is module for module in modules)}

@@ -1,9 +1,9 @@
-"""A module that initialises itself anew writes to the originals of its normalised weights.
+"""`reset_parameters`: a module that initialises itself anew writes to its originals.
 
 `reset_parameters` writes to `self.weight` in place. A normalised weight is computed at each read,
 so that what is written to it is lost; and a method that goes through `self.parameters()`, as that
-of recurrent layers does, finds originals and gains there and leaves the state behind. Here the
-method runs on the ordinary module, and states and gains start from what it leaves.
+of recurrent layers does, would write to originals and gains and leave the state as it was. Here the
+method runs on the ordinary module, and states and gains then start from the weights that it leaves.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from snparam.parametrization.classes import unwrap, wrap
 from snparam.parametrization.extensions import System, register_system
 from snparam.parametrization.find import norms_of
 
-# That of most modules, and that of nn.MultiheadAttention.
+# The method of most modules, and that of nn.MultiheadAttention.
 _METHODS = ("reset_parameters", "_reset_parameters")
 
 
 def _reset(method: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a method that initialises a module on its originals, and converge the states to them."""
+    """Run a method that initialises a module on its originals, and start states and gains anew."""
     norms = list(norms_of(module))
     if not norms:
         return method(module, *args, **kwargs)
@@ -41,9 +41,9 @@ def _reset(method: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: 
 
 @contextmanager
 def _as_ordinary(module: Any, names: list[str]) -> Iterator[None]:
-    """Within it, some weights of a module are its Parameters (or buffers), as if never normalised.
+    """Make weights of a module its Parameters (or buffers), as if never normalised, for a while.
 
-    What stands under their names in the end is written to the originals.
+    The tensors that have their names at the end of the context are written to the originals.
     """
     cls, lists = type(module), module.parametrizations
     parametrized = {name: lists[name] for name in names}
@@ -77,18 +77,18 @@ def _as_ordinary(module: Any, names: list[str]) -> Iterator[None]:
                 original.copy_(value)
 
 
-# Parts of a class that another cannot have.
+# Entries of a class's dict that Python makes for each class, and that another class cannot take.
 _NOT_COPIED = ("__dict__", "__weakref__")
 
 
 def _table(parametrization: nn.Module, module: nn.Module) -> dict[str, Any]:
-    """The table of a module in which the original of a weight was."""
+    """Return the table of a module, parameters or buffers, in which a weight's original was."""
     is_buffer = "original" in parametrization._buffers
     return module._buffers if is_buffer else module._parameters
 
 
 def _sort(table: dict[str, Any], order: Sequence[str]) -> None:
-    """Bring the names of a table into an order, with others after them."""
+    """Sort a table by the order of names given, in place, with all other names after those."""
     known = {name: place for place, name in enumerate(order)}
     for name in sorted(table, key=lambda name: known.get(name, len(known))):
         table[name] = table.pop(name)

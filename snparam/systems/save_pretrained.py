@@ -1,14 +1,15 @@
-"""Inside a library's `save_pretrained`, the state dict of a normalised module is plain.
+"""`save_pretrained`: inside this method of a library's, the state dict of a module is plain.
 
 transformers and diffusers write `model.state_dict()`, and their `from_pretrained` initialises
 weights anew that it does not find under their ordinary names. A layer does not know the models that
-it is a part of, but whoever asks for its state dict is on the call stack. Neither library is
-imported; a method of that name is all that is looked for.
+it is a part of, but the method that asks for its state dict is on the call stack. Neither library
+is imported; a method named `save_pretrained` is all that is looked for.
 
-Where trainers pass a state dict, gathered from many ranks, say, only the method itself sees it. The
-class that defines it therefore makes the state dict plain, once a model of that class was
-converted; for models without normalised weights it does what it did. No model has anything of its
-own that would have to be undone, or that a copy or a pickle would take along.
+Where trainers pass a state dict (gathered from many ranks, say), only the method itself sees it.
+The method is therefore wrapped in the class that defines it, once a model of that class was
+converted, and makes that state dict plain; for models without normalised weights it does what it
+did. Nothing is set on a model that would have to be undone, or that a copy or a pickle would take
+along.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from snparam.parametrization.frames import outward
 from snparam.parametrization.spectral_norm import SpectralNorm
 
 METHOD = "save_pretrained"
-# peft's two that say which tensors an adapter has of modules that are trained whole
-# (`modules_to_save`), when it is saved and when it is read: by the keys of those modules' state
-# dicts, which have to agree. What the adapter is put on is no part of it.
+# peft's two functions that say which tensors an adapter has of modules that are trained whole
+# (`modules_to_save`), when it is saved and when it is read. Both go by the keys of those modules'
+# state dicts, which have to agree. The layers that the adapter is put on are no part of it.
 _OF_ADAPTERS = ("get_peft_model_state_dict", "adapter_state_dict_load_map")
 
 
@@ -41,10 +42,7 @@ _GIVEN = "state_dict"
 
 
 def spell_for_pretrained(owner: nn.Module) -> None:
-    """Let `state_dict` of a module be plain, with its normalised weights, in `save_pretrained`.
-
-    Its class has to be its own.
-    """
+    """Let `state_dict` of a module, whose class is its own, be plain in `save_pretrained`."""
     wrap(type(owner), _SPELLED, _state_dict)
 
 
@@ -54,13 +52,14 @@ def spell_as_before(owner: nn.Module) -> None:
 
 
 def make_plain(owner: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Replace snparam's keys of a module by those of the ordinary one.
+    """Replace a module's entries in snparam's spelling by those of the ordinary module, baked.
 
     Args:
         owner: a module with normalised weights.
-        state_dict: with its tensors, or with others for it; changed in place. A weight that it has
-            under another name, or that is no part of state dicts, is left as it is.
-        prefix: that of the module's keys.
+        state_dict: a state dict with tensors for the module, its own or others; changed in place.
+            Of a weight whose original it does not have under snparam's key, such as one that is no
+            part of state dicts, only the entries of the state are removed.
+        prefix: the prefix of the module's keys.
 
     Raises:
         ValueError: if a weight carries another parametrization as well.
@@ -76,7 +75,13 @@ def make_plain(owner: nn.Module, state_dict: dict[str, Any], prefix: str) -> Non
 
 
 def _normalised(norm: SpectralNorm, state: dict[str, Any], inside: str) -> Tensor:
-    """What eval mode makes of a weight, by the state beside it."""
+    """Return the weight that eval mode computes from an original and a state in a state dict.
+
+    Args:
+        norm: the SpectralNorm on the weight.
+        state: the entries of the weight.
+        inside: the prefix that their keys have in common.
+    """
     own = {key.removeprefix(f"{inside}0."): value for key, value in state.items()}
     tensors = {key: own[key] for key in norm.state_dict(keep_vars=True) if key in own}
     training = norm.training
@@ -102,7 +107,10 @@ def _state_dict(
 
 
 def _being_saved() -> tuple[nn.Module | None, str]:
-    """The model that is being saved, and the function that does it, the innermost of several."""
+    """Return the model that is being saved, and the name of the innermost function that saves it.
+
+    Without one, they are None and "".
+    """
     for frame in outward(sys._getframe(1)):
         code = frame.f_code
         if code.co_argcount and (code.co_name == METHOD or code.co_name in _OF_ADAPTERS):
@@ -113,9 +121,9 @@ def _being_saved() -> tuple[nn.Module | None, str]:
 
 
 def save_plain(model: nn.Module) -> None:
-    """Let `save_pretrained` of modules with normalised weights inside write plain ones.
+    """Let `save_pretrained` of a model's modules with normalised weights inside write plain ones.
 
-    By the classes that define it, where it takes a state dict.
+    It is wrapped in the classes that define it, where it takes a state dict.
     """
     for module in model.modules():
         for cls in definitions(type(module), METHOD):
@@ -136,7 +144,7 @@ def _save(save: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any)
 
 
 def _plain(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of a model with the ordinary keys, from one with snparam's or with those."""
+    """Return a state dict with the ordinary keys, from one with snparam's keys or with those."""
     check_shared(model)
     plain = dict(state_dict)
     for weight in normalised_weights(model, every_name=True):
