@@ -243,7 +243,7 @@ class _Arrival:
                 self.state_dict[key] = value
 
     def _keep_tied(self, weight: Tensor) -> bool:
-        """Keep tied weights one Parameter with `assign=True`; return whether this load is done so.
+        """Keep tied weights one Parameter with `assign=True`; return whether this weight is done.
 
         torch would make another Parameter for every key. Where the checkpoint has other values for
         the second of the tied weights, the two get a Parameter and a state each.

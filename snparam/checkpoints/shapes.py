@@ -1,4 +1,4 @@
-"""Checks of the values in a checkpoint: is each a tensor of the shape that it should have?"""
+"""Checks that a value in a checkpoint is a tensor of the shape that it should have."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from snparam.parametrization.find import NormalisedWeight
 
 
 class System:
-    """What snparam does for one system of other people's: callbacks around conversion and removal.
+    """Adaptation to one system of other people's: callbacks around attachment and removal.
 
     A subclass overrides the methods that it needs. Each of them may be called again for the same
     module or model. None of them sets anything on a module or a model itself: `classes.wrap`

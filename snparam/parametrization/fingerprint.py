@@ -1,4 +1,4 @@
-"""The fingerprint of tensors: are they unchanged since something was derived from them?"""
+"""Fingerprints of tensors, which tell a change since something was derived from them."""
 
 from __future__ import annotations
 

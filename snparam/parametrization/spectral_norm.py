@@ -288,7 +288,8 @@ class SpectralNorm(nn.Module):
             value: of the weight's shape and dtype, finite.
 
         Raises:
-            ValueError: if the value has another shape or dtype, or is not finite.
+            ValueError: if the value has another shape, or is not finite. torch itself refuses
+                another dtype, after this has returned.
         """
         if isinstance(value, nn.Parameter):
             return value
@@ -490,7 +491,7 @@ class SpectralNorm(nn.Module):
         reached the weight.
 
         Raises:
-            RuntimeError: with `update="forward"`, in a checkpointed region.
+            RuntimeError: in a checkpointed region, if `update="forward"` would move the state.
         """
         if not self.training or self._frozen or self._is_pure_traced():
             return False
