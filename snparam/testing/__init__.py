@@ -1,8 +1,8 @@
-"""For property-based tests of your own networks: strategies and assertions.
+"""Strategies and assertions for property-based tests of users' own networks.
 
-Strategies (Hypothesis, extra `testing`): `weights`, `layers`, `networks`. Assertions and
-`example_inputs`, which need torch alone: `assert_spectral_norm`, `assert_converted`,
-`assert_same_function`.
+The strategies `weights`, `layers` and `networks` need Hypothesis (extra `testing`). The assertions
+`assert_spectral_norm`, `assert_converted` and `assert_same_function`, and `example_inputs`, need
+torch alone.
 
     from hypothesis import given
     import snparam
@@ -13,8 +13,8 @@ Strategies (Hypothesis, extra `testing`): `weights`, `layers`, `networks`. Asser
         snparam.convert_model(network)
         assert_spectral_norm(network, at_most=1.0)
 
-Everything that is drawn depends on Hypothesis alone: torch's global random state is neither read
-nor moved, so that a failing example is found again and shrinks.
+Everything that the strategies draw depends on Hypothesis alone: torch's global random state does
+not enter, and is left as it was, so that Hypothesis can replay and shrink a failing example.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The strategies, at their first use: the assertions work without Hypothesis."""
+    """Import a strategy at its first use, so that the assertions work without Hypothesis."""
     if name not in ("layers", "networks", "weights"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

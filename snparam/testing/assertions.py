@@ -1,4 +1,4 @@
-"""Assertions about networks, by exact computation; they need nothing but torch."""
+"""Assertions about networks, checked by exact computation; they need torch alone."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ def assert_spectral_norm(
     blocks: int | Literal["auto"] | None = None,
     only_converted: bool = False,
 ) -> None:
-    """The largest singular value of every weight in use is at most `at_most`.
+    """Assert that σ of every weight in use is at most `at_most`.
 
-    It is computed exactly: by a full decomposition in float64 of the weight that eval mode uses,
+    σ is computed exactly, by a full decomposition in float64, for the weight that eval mode uses,
     whatever mode the model is in. No state moves.
 
     Args:
-        model: a network, or a single layer. Every weight is checked that is under SpectralNorm,
-            each block by itself, and every other one of a layer in the table, as it is: before a
-            conversion, after `restore_model`, under another library's parametrization, and where a
-            conversion has left it out.
-        at_most: the bound.
-        rtol: relative tolerance on it. Default 1e-3: what a fresh estimate is good for. It also
-            takes in the rounding of float32 weights; that of bfloat16 weights needs about 1e-2.
-        include: module types and name patterns, as in `convert_model`; only weights inside what
-            they pick are checked.
-        exclude: the same, for what is not checked.
-        blocks: as how many matrices a weight that is not under SpectralNorm is read, as in
-            `register_sn`: after `restore_model`, what the conversion was made with.
-        only_converted: whether to check the weights under SpectralNorm alone. Default False: a
-            network with a layer that is not converted is not bounded.
+        model: a network, or a single layer. Every weight under SpectralNorm is checked, each of its
+            blocks separately, and every other weight that the layer table lists: in a network
+            before its conversion or after `restore_model`, under another library's parametrization,
+            or left out by a conversion.
+        at_most: the bound on σ.
+        rtol: relative tolerance on the bound. Default 1e-3, the accuracy of a fresh estimate, which
+            also covers the rounding of float32 weights; that of bfloat16 weights needs about 1e-2.
+        include: module types and name patterns, as in `convert_model`; only the weights inside
+            modules that match one are checked, and weights that a pattern names.
+        exclude: module types and name patterns of what is not checked.
+        blocks: number of matrices that a weight without SpectralNorm is read as, as in
+            `register_sn`. After `restore_model`, pass the value that the conversion had.
+        only_converted: whether to check the weights under SpectralNorm alone. Default False,
+            because a network with a layer that is not converted is not bounded.
 
     Raises:
-        AssertionError: naming each layer at fault with its shape, the value found and the bound;
-            also if there is nothing to check.
+        AssertionError: if a σ exceeds the bound, or a weight has NaN or inf, naming each such
+            weight with its shape and σ; also if the model has no weight to check.
         ValueError: if a pattern or type matches nothing, or a weight does not split into `blocks`.
     """
     selection = Selection.of(include, exclude, None, model)
@@ -96,7 +96,7 @@ def assert_converted(
     exclude: Selectors = None,
     filter_fn: Filter | None = None,
 ) -> None:
-    """Every weight that `convert_model` would convert with these arguments is under SpectralNorm.
+    """Assert that every weight that `convert_model` would convert is under SpectralNorm.
 
     Args:
         model: a network, or a single layer.
@@ -105,8 +105,8 @@ def assert_converted(
         filter_fn: as in `convert_model`.
 
     Raises:
-        AssertionError: naming each weight that is not, with its layer and shape; also if the model
-            has no weight under SpectralNorm at all.
+        AssertionError: if an eligible weight is not, naming each with its layer and shape; also if
+            the model has no weight under SpectralNorm at all.
         ValueError: if a pattern or type matches nothing.
     """
     selection = Selection.of(include, exclude, filter_fn, model)
@@ -135,25 +135,24 @@ def assert_same_function(
     rtol: float | None = None,
     atol: float | None = None,
 ) -> None:
-    """Two networks compute the same outputs from the same inputs, in eval mode.
+    """Assert that two networks compute the same outputs from the same inputs, in eval mode.
 
-    Both are put into eval mode for the comparison, so that no state moves and nothing random
-    happens, and then back.
+    Both networks are in eval mode for the comparison, so that no state moves and nothing random
+    happens, and have their own modes back afterwards. Outputs may be tensors, or sequences,
+    mappings and dataclasses of them; NaN equals NaN.
 
     Args:
         a: a network, or any function.
-        b: the one that it is compared with.
+        b: the network or function to compare it with.
         inputs: one tensor, a sequence of positional arguments, or a mapping of keyword arguments.
-        rtol: |a − b| ≤ atol + rtol · |b| is required of each output. None (the default), of both
-            tolerances: those of `torch.testing.assert_close` for the outputs' dtype. Pass 0 and 0
-            for equality to the bit.
-        atol: see `rtol`.
-
-    Outputs may be tensors, or sequences, mappings and dataclasses of them.
+        rtol: relative tolerance: |a − b| ≤ atol + rtol · |b| must hold for each entry of an output.
+            With None for both (the default), rtol and atol are those of
+            `torch.testing.assert_close` for the outputs' dtype. Pass 0 and 0 for equal values.
+        atol: absolute tolerance, see `rtol`.
 
     Raises:
-        AssertionError: with the output at fault, its shape, the largest difference and the bound,
-            and, of layers that both networks have under the same name, the first that differs.
+        AssertionError: if an output differs, with its shape and torch's account of the difference,
+            and, if both are networks, the first layer call of the same name whose output differs.
     """
     with _evaluating(a, b):
         pairs = _paired(_outputs(_call(a, inputs)), _outputs(_call(b, inputs)))
@@ -170,7 +169,10 @@ def assert_same_function(
 
 
 def _in_use(weight: Weight, blocks: int | Literal["auto"] | None) -> tuple[Tensor, Tensor] | None:
-    """The weight that eval mode uses, and its matrices; None where there is nothing to check."""
+    """Return the weight that eval mode uses and its matrices (b, m, n), or None.
+
+    None: the layer table does not list the weight, or it cannot be normalised.
+    """
     owner, name = weight.owner, weight.tensor_name
     if weight.norm is not None:
         value = read_as_eval(owner, name)
@@ -191,7 +193,7 @@ def _in_use(weight: Weight, blocks: int | Literal["auto"] | None) -> tuple[Tenso
 
 
 def _above(matrices: Tensor, bound: float, what: str) -> list[str]:
-    """What is wrong with the blocks of one weight, in words."""
+    """Return an error line for each block of a weight with σ above the bound, or for NaN or inf."""
     if not bool(torch.isfinite(matrices).all()):
         return [f"{what}: has NaN or inf"]
     sigma = convergence.exact_sigma(matrices).tolist()
@@ -214,7 +216,7 @@ def _call(function: Callable[..., Any], inputs: Any) -> Any:
 
 
 def _outputs(value: Any, where: str = "output") -> Iterator[tuple[str, Any]]:
-    """The leaves of an output, each with where it is."""
+    """Yield the leaves of a nested output, each after its place, such as `output['logits'][0]`."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _outputs(item, f"{where}[{key!r}]")
@@ -239,7 +241,7 @@ def _paired(
 
 
 def _difference(x: Any, y: Any, rtol: float | None, atol: float | None) -> str | None:
-    """What differs, in words, or None."""
+    """Return how two leaves of outputs differ, in words, or None."""
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         equal = isinstance(x, Tensor) == isinstance(y, Tensor) and x == y
         return None if equal else f"{_short(x)} and {_short(y)}"
@@ -273,7 +275,11 @@ def _first_layer_at_fault(a: Any, b: Any, inputs: Any, rtol: Any, atol: Any) -> 
 def _layer_calls(
     model: nn.Module, inputs: Any
 ) -> list[tuple[tuple[str, int], tuple[nn.Module, Any]]]:
-    """Calls of the layers inside, as they end: (name, how manieth call), (layer, output)."""
+    """Call a model and return the calls of the layers inside it, in the order in which they end.
+
+    Returns:
+        Pairs of (qualified name, number of the call, from 1) and (layer, output).
+    """
     calls: list[tuple[tuple[str, int], tuple[nn.Module, Any]]] = []
     counts: dict[str, int] = {}
 
@@ -295,7 +301,7 @@ def _layer_calls(
 
 @contextlib.contextmanager
 def _evaluating(*models: Any) -> Iterator[None]:
-    """Modules in eval mode, each one's own mode put back afterwards."""
+    """Put modules into eval mode, and put each one's own mode back afterwards."""
     modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
     modes = [(module, module.training) for module in modules]
     for module in modules:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 
 class Network(nn.Module):
-    """Layers one after another, with tanh between: what `networks` draws.
+    """A chain of layers with tanh between them, as `networks` draws it.
 
-    Each layer is called as its type asks: attention as self-attention, `Bilinear` with one input
-    twice, of recurrent layers and cells the output alone. A layer may occur more than once.
+    Behind the first layer, attention is called as self-attention and `Bilinear` with the same input
+    twice. Of a tuple that a layer returns, the first element is passed on. A layer may occur more
+    than once.
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
@@ -21,7 +22,7 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Inputs as `example_inputs` makes them; the output of the last layer."""
+        """Return the output of the last layer, for inputs such as `example_inputs` makes."""
         x = _call(self.layers[0], inputs)
         for layer in self.layers[1:]:
             x = _call(layer, (torch.tanh(x),))
@@ -29,15 +30,15 @@ class Network(nn.Module):
 
 
 def example_inputs(module: nn.Module, batch: int = 2, seed: int = 0) -> tuple[Any, ...]:
-    """Valid positional arguments for a layer of an eligible type, or for a `Network`.
+    """Return valid positional arguments for a layer of an eligible type, or for a `Network`.
 
-    Real (complex for complex layers) inputs are Gaussian, in the dtype and on the device of the
-    layer's weights; those of embeddings are indices.
+    Embeddings get indices (batch, 3), all other layers Gaussian tensors in the dtype and on the
+    device of the module's first floating or complex parameter.
 
     Args:
         module: a layer of one of the types that `layers` draws, converted or not, or a `Network`.
         batch: size of the batch dimension.
-        seed: what the inputs are drawn from; torch's global random state is not used.
+        seed: seed of the generator; torch's global random state is neither read nor moved.
 
     Raises:
         TypeError: for a module of another type.

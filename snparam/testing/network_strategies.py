@@ -1,4 +1,4 @@
-"""Hypothesis strategy for small networks."""
+"""The Hypothesis strategy for small networks."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ def networks(
     max_layers: int = 4,
     max_side: int = 6,
 ) -> st.SearchStrategy[Network]:
-    """Small networks on vectors, images (of one to three dimensions) and sequences.
+    """Draw small networks on vectors, on images of one to three dimensions, and on sequences.
 
-    Now and then a layer is used twice, or the last layer shares its weight with the embedding.
-    `example_inputs(network)` makes inputs for `network(*inputs)`.
+    In some a layer is used twice, or the last layer shares its weight with the embedding.
+    `example_inputs(network)` makes the inputs of `network(*inputs)`.
 
     Args:
-        dtypes: to choose from, one for each network. Default: float32.
-        spectra: of the weights; `"initial"` is the layer's own initialisation. Default: all.
-        max_layers: largest number of layers, at least 2.
-        max_side: largest number of features, channels, embeddings.
+        dtypes: dtypes to choose from, one for each network. Default: float32.
+        spectra: spectra of the weights to choose from; `"initial"` is the layer's own
+            initialisation. Default: all.
+        max_layers: largest number of layers with weights, at least 2; each use counts.
+        max_side: largest number of features, channels or embeddings.
 
     Raises:
         ValueError: if `max_layers` is less than 2, or for an unknown spectrum.
@@ -58,9 +59,10 @@ def _networks(
     return Network(family(draw, made, sizes, max_layers - 1))
 
 
-# Networks: `made(type, **arguments)` makes a layer, at most `most` come before the last. What is
-# drawn later depends on earlier draws as little as can be, for examples shrink by taking draws out:
-# those of one layer, with the one that asks for more.
+# The families of networks. Each takes `made(type, **arguments)`, which makes a layer, and `most`,
+# the largest number of layers before the last. Later draws depend on earlier ones as little as
+# possible, because Hypothesis shrinks an example by deleting draws: here those of one layer,
+# together with the draw of `_more` that asks for it.
 
 
 def _more(draw: Draw) -> bool:
@@ -115,7 +117,7 @@ def _on_images(
         groups = draw(st.sampled_from([g for g in (1, 2, 3) if channels % g == 0]))
         after = groups * -(-draw(sizes) // groups)
         kind = draw(st.sampled_from(kinds))
-        # An odd kernel, padded: the image keeps its size.
+        # With an odd kernel and this padding the image keeps its size.
         radius = draw(st.integers(0, 1))
         chain.append(
             made(
@@ -134,7 +136,8 @@ def _on_images(
     return [*chain, made(nn.Linear, in_features=channels, out_features=draw(sizes))]
 
 
-# With what ends the sequence. One draw for both: Hypothesis takes out at most five at once.
+# None ends the network. One draw decides on both the type and the end, because Hypothesis deletes
+# at most five draws at once.
 _ON_SEQUENCES = (None, None, nn.Linear, nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU)
 
 

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for single tensors and single layers."""
+"""The Hypothesis strategies for single tensors and single layers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from snparam.layers.table import layouts_of
 from snparam.testing.tensors import DTYPES, FORMATS, SPECTRA, weight_with
 
-Draw: TypeAlias = Any  # hypothesis's DrawFn, whose own type hides the result's
+Draw: TypeAlias = Any  # hypothesis's DrawFn, whose type hides that of what it draws
 Shapes: TypeAlias = st.SearchStrategy[tuple[int, ...]] | Sequence[tuple[int, ...]] | None
 
-# Largest singular values near the ends of each dtype's range: at one end squares underflow and
-# numbers are subnormal, at the other squares and sums overflow.
+# Largest singular values close to both ends of each dtype's range: at the lower end squares
+# underflow and entries are subnormal, at the upper end squares and sums overflow.
 _EXTREMES: Mapping[torch.dtype, tuple[float, float]] = {torch.float16: (1e-6, 1e4)}
 _WIDE_EXTREMES = (1e-38, 1e30)
 
-# Of a layer's weights; the first is its own initialisation.
+# Spectra of a layer's weights; the first is the layer's own initialisation.
 LAYER_SPECTRA = ("initial", *SPECTRA)
-# Largest singular values of a layer's weights, where they are not initial: far enough from 1 that
-# normalising changes the function, near enough that a network's output stays of order one.
+# Largest singular values of a layer's weights whose spectrum is not the initial one: far enough
+# from 1 that normalising changes the function, and close enough that a network's output is of order
+# one.
 _LAYER_SCALES = (3.0, 0.3)
 
 
@@ -37,21 +38,21 @@ def weights(
     formats: Sequence[str] = FORMATS,
     max_side: int = 8,
 ) -> st.SearchStrategy[Tensor]:
-    """Tensors of two to five dimensions with spectra that break power iterations.
+    """Draw tensors of two to five dimensions with spectra that break power iterations.
+
+    Examples shrink towards the first of each choice, the smallest shape and seed 0.
 
     Args:
-        shapes: a strategy for shapes, or shapes to choose from. None (the default): of two to five
+        shapes: a strategy for shapes, or shapes to choose from. None (the default): two to five
             dimensions, the first two up to `max_side` and the others up to 3, so that an example
             costs microseconds; 1 × n and n × 1 come often.
-        dtypes: to choose from. Default: float32, float64, bfloat16, float16, complex64.
-        spectra: to choose from; see `snparam.testing.tensors.weight_with`. Default: all.
+        dtypes: dtypes to choose from. Default: float32, float64, bfloat16, float16, complex64.
+        spectra: spectra to choose from; see `snparam.testing.tensors.weight_with`. Default: all.
         scales: largest singular values to choose from. None (the default): 1, 1e-3, 1e3 and the
             ends of the dtype's range, 1e-38 and 1e30 (float16: 1e-6 and 1e4).
         formats: memory formats to choose from: `"contiguous"`, `"channels_last"` (only meaningful
             for 4 and 5 dimensions), `"transposed"`, `"strided"`. Default: all.
         max_side: largest number of rows, and of columns or input channels.
-
-    Examples shrink towards the first of each choice, the smallest shape and seed 0.
 
     Raises:
         ValueError: for an unknown spectrum or format, with those that are known.
@@ -90,16 +91,20 @@ def layers(
     spectra: Sequence[str] = LAYER_SPECTRA,
     max_side: int = 6,
 ) -> st.SearchStrategy[nn.Module]:
-    """Layers of all eligible types, in all the forms that change their weights.
+    """Draw layers of all of torch's eligible types, in all the forms that change their weights.
 
-    Groups, biases, several recurrent layers, both directions, `proj_size`, attention with one
-    projection weight and with three, channels_last convolutions. `example_inputs` makes inputs.
+    These are groups, biases, several recurrent layers, both directions, `proj_size`, attention with
+    one projection weight and with three, and channels_last convolutions. `example_inputs` makes
+    inputs for a layer.
 
     Args:
-        types: layer types to choose from. None (the default): all that the table lists.
-        dtypes: to choose from. Default: float32, which every layer computes in on every device.
-        spectra: of the weights; `"initial"` is the layer's own initialisation. Default: all.
-        max_side: largest number of features, channels, embeddings.
+        types: layer types to choose from. None (the default): all of torch's eligible types.
+        dtypes: dtypes to choose from. Default: float32, which every layer computes in on every
+            device.
+        spectra: spectra of the weights to choose from; `"initial"` is the layer's own
+            initialisation. Default: all.
+        max_side: largest number of features, channels or embeddings (of features a head, in
+            attention; rounded up to a multiple of the groups, in convolutions).
 
     Raises:
         ValueError: for a type that is not eligible, with those that are, or an unknown spectrum.
@@ -134,7 +139,17 @@ def made_layer(
     dtype: torch.dtype,
     spectra: Sequence[str],
 ) -> nn.Module:
-    """A layer with weights of a drawn spectrum, its other parameters as it initialises them."""
+    """Make a layer whose weights have a drawn spectrum.
+
+    Its other parameters are as it initialises them.
+
+    Args:
+        draw: Hypothesis's function that draws from a strategy.
+        kind: type of the layer.
+        arguments: keyword arguments of the type.
+        dtype: dtype of the parameters.
+        spectra: spectra to choose from, see `layers`.
+    """
     seed = draw(_seeds())
     with _default_generator(seed):
         layer = kind(**arguments).to(dtype)
@@ -188,7 +203,7 @@ def _attention(draw: Draw, sizes: st.SearchStrategy[int]) -> dict[str, Any]:
         "bias": draw(st.booleans()),
         "batch_first": draw(st.booleans()),
     }
-    if draw(st.booleans()):  # three weights in place of one, even if the sizes agree
+    if draw(st.booleans()):  # kdim and vdim give three projection weights, even if the sizes agree
         arguments |= {"kdim": draw(sizes), "vdim": draw(sizes)}
     return arguments
 
@@ -237,7 +252,11 @@ _LAYERS: Mapping[type[nn.Module], Callable[[Draw, st.SearchStrategy[int]], dict[
 
 
 def check_choice(option: str, given: Sequence[str], known: Sequence[str]) -> None:
-    """Raise ValueError for a choice that is not among the known ones."""
+    """Check that every name a caller chose is a known one.
+
+    Raises:
+        ValueError: naming the option, the first unknown name, and the known ones.
+    """
     unknown = [name for name in given if name not in known]
     if unknown:
         raise ValueError(f"{option}: {unknown[0]!r} is not one of {', '.join(known)}")
@@ -258,7 +277,10 @@ def _shapes(shapes: Shapes, max_side: int) -> st.SearchStrategy[tuple[int, ...]]
 
 @contextlib.contextmanager
 def _default_generator(seed: int) -> Iterator[None]:
-    """Layers initialise themselves from torch's default generator: lend it, and put it back."""
+    """Seed torch's default generator, from which layers initialise themselves.
+
+    Its state is put back afterwards.
+    """
     generator = torch.default_generator
     state = generator.get_state()
     generator.manual_seed(seed)

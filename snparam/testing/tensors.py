@@ -1,4 +1,4 @@
-"""Tensors with a chosen spectrum, from a seed."""
+"""Tensors with a chosen spectrum, made from a seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Simplest first: Hypothesis shrinks towards the front.
+# The simplest come first, because Hypothesis shrinks towards the front.
 SPECTRA = (
     "gaussian",
     "flat",
@@ -33,10 +33,11 @@ def weight_with(
     dtype: torch.dtype = torch.float32,
     memory: str = "contiguous",
 ) -> Tensor:
-    """A tensor whose matrix (its dimension 0 as rows) has a chosen spectrum.
+    """Return a tensor whose matrix, with dimension 0 as rows, has a chosen spectrum.
 
     Args:
-        spectrum: with p = min(rows, columns),
+        spectrum: the singular values before they are scaled, or the entries, with
+            p = min(rows, columns):
             `"gaussian"`: independent Gaussian entries;
             `"flat"`: all p singular values equal;
             `"decaying"`: geometric, from 1 with ratio 0.7;
@@ -47,11 +48,11 @@ def weight_with(
             `"row"`: Gaussian, with one row a thousand times larger;
             `"zero"`: zero.
         shape: two dimensions or more.
-        seed: what the singular vectors are drawn from, and the entries.
+        seed: seed of the singular vectors and of the entries.
         scale: the largest singular value, up to the rounding of `dtype`.
         dtype: floating or complex.
-        memory: `"contiguous"`, `"channels_last"` (of 4 or 5 dimensions; as contiguous for others),
-            `"transposed"` (the dimensions in memory in reverse) or `"strided"` (with gaps).
+        memory: `"contiguous"`, `"channels_last"` (in 4 or 5 dimensions; contiguous in others),
+            `"transposed"` (dimensions in reverse order in memory) or `"strided"` (with gaps).
 
     Raises:
         ValueError: for an unknown `spectrum` or `memory`.
@@ -67,7 +68,7 @@ def weight_with(
 
 
 def in_memory(tensor: Tensor, memory: str) -> Tensor:
-    """The same values, laid out in memory as `weight_with` says.
+    """Return a tensor of the same values in a memory format that `weight_with` names.
 
     Raises:
         ValueError: for an unknown format.
@@ -116,7 +117,7 @@ def _matrix(
 
 
 def _values(spectrum: str, count: int) -> Tensor:
-    """`count` singular values, largest first."""
+    """Return `count` singular values of a spectrum, largest first."""
     values = torch.ones(count, dtype=torch.float64)
     top = (count + 1) // 2
     if spectrum == "flat":
