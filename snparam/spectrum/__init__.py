@@ -1,1 +1,1 @@
-"""Looking at singular values: tracked, exact, drawn. Changes nothing."""
+"""Inspection of singular values, tracked and exact, and plots of them; no model is changed."""

@@ -1,4 +1,4 @@
-"""Pictures, and nothing but pictures: numbers come in, a matplotlib ``Figure`` goes out.
+"""Plots of singular values and confusion matrices, as matplotlib figures made from tensors.
 
 Figures are built without pyplot, so no window opens, no global state changes and no backend is
 chosen for the caller: ``plot_singular_values(history).savefig("singular_values.png")``.
@@ -38,17 +38,17 @@ def plot_singular_values(
 
     Args:
         history: qualified weight name -> (steps, b, k): for each recorded step the k tracked
-            values, largest first, of the b matrices of that weight; what
-            ``torch.stack([singular_values(model)[name] for each step])`` gives. Where b > 1,
-            each matrix is drawn with a line of its own.
-        steps: the step at which each record was taken; 0, 1, 2, ... where not given.
+            values, largest first, of the b blocks of that weight, as
+            ``torch.stack([singular_values(model)[name] for each step])`` gives them. Each value
+            of each block is drawn as a line.
+        steps: the training step of each record; 0, 1, 2, ... where not given.
         title: the heading of the figure.
-        columns: panels per row; a layout about as wide as high where not given.
+        columns: panels per row; where not given, about as many as there are rows of panels.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: the history is empty, or a tensor is not of shape (steps, b, k), or the number
-            of steps differs.
+        ImportError: if matplotlib is not installed.
+        ValueError: if the history is empty, a tensor is not of shape (steps, b, k), or the number
+            of steps differs between weights or from that of `steps`.
     """
     figure_type = _figure_type()
     if not history:
@@ -76,7 +76,7 @@ def plot_singular_values(
         _draw_history(panel, name, at, values.detach().to("cpu", torch.float64))
     for panel in panels[len(history) :]:
         panel.set_visible(False)
-    for column in range(columns):  # the lowest panel of each column carries the shared axis
+    for column in range(columns):  # sharex labels the last row alone, where panels may be missing
         lowest = max(row for row in range(rows) if row * columns + column < len(history))
         axes[lowest][column].tick_params(labelbottom=True)
 
@@ -85,7 +85,7 @@ def plot_singular_values(
     figure.supylabel("singular value of the original weight", fontsize=11)
     most = max(values.shape[2] for values in history.values())
     widest = next(i for i, values in enumerate(history.values()) if values.shape[2] == most)
-    # Beside the panels: over a panel it would cover a line, and above them the title.
+    # The legend is beside the panels: on one it would cover lines, above them the title.
     figure.legend(
         panels[widest].get_lines()[:most],
         [f"σ{_subscript(i + 1)}" for i in range(most)],
@@ -95,9 +95,9 @@ def plot_singular_values(
 
 
 def _draw_history(panel: Axes, name: str, at: list[int], values: torch.Tensor) -> None:
-    """Draw one weight's record: values (steps, b, k)."""
+    """Draw the history of one weight, values (steps, b, k) at the steps `at`, into a panel."""
     _, blocks, tracked = values.shape
-    opacity = max(0.25, 1 / blocks)  # many blocks: the bundle matters, not the single line
+    opacity = max(0.25, 1 / blocks)  # of many lines, the bundle is to be seen
     for block in range(blocks):
         for i in range(tracked):
             panel.plot(
@@ -130,8 +130,9 @@ def plot_confusion_matrix(
         title: the heading of the figure.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: the matrix is not square, or the number of labels differs from its size.
+        ImportError: if matplotlib is not installed.
+        ValueError: if the matrix is empty or not square, or the number of labels differs from its
+            size.
     """
     figure_type = _figure_type()
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
@@ -171,7 +172,7 @@ def plot_confusion_matrix(
 
 
 def _figure_type() -> type[Figure]:
-    """The matplotlib ``Figure``, or an ``ImportError`` that says how to get it."""
+    """Return matplotlib's ``Figure``, or raise an ``ImportError`` that says how to install it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -180,7 +181,10 @@ def _figure_type() -> type[Figure]:
 
 
 def _shortened(name: str, limit: int = 38) -> str:
-    """A qualified name that fits over a panel: whole leading segments give way to an ellipsis."""
+    """Return a qualified name shortened to fit over a panel.
+
+    An ellipsis replaces whole leading segments; the last segment is never cut.
+    """
     if len(name) <= limit:
         return name
     segments = name.split(".")

@@ -1,4 +1,4 @@
-"""The singular values that are tracked, or, of an ordinary network, computed."""
+"""The singular values of a network's weights: tracked ones, or computed without SpectralNorm."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from snparam.parametrization.find import normalised_weights
 
 
 def singular_values(model: nn.Module) -> dict[str, Tensor]:
-    """The tracked singular values of a network's weights, by qualified weight name.
+    """Return the singular values of a network's weights, by qualified weight name.
 
-    On a converted network: copies of the estimates that the last training forward left, each
-    (b, k), largest first once converged, on the weight's device; nothing is computed and no device
-    is waited for. They are estimates: the first is never above σ by more than rounding.
+    On a network with SpectralNorm, they are copies of the tracked estimates `sv` (b, k) of each
+    original, as its state last stored them, largest first once converged, on the weight's device.
+    Nothing is computed, and no device is waited for. The first value of a block is never above σ by
+    more than rounding; with `init="random"`, all are 1 until the state first moves.
 
-    On a network without SpectralNorm: the largest singular value of every weight that
-    `convert_model` would convert, (b, 1), computed now. Nothing is registered or changed. A weight
-    with NaN or inf gives NaN.
+    On a network without SpectralNorm, they are the σ (b, 1) of every weight that `convert_model`
+    would convert, computed now; NaN for a weight with NaN or inf. Nothing is registered or changed.
 
     Raises:
-        TypeError: if it is no module.
+        TypeError: if `model` is no module.
     """
     check_model(model, "singular_values")
     tracked = {found.name: found.norm.sv.detach().clone() for found in normalised_weights(model)}

@@ -1,4 +1,4 @@
-"""How far the norms of the weights in use are from what they are to be, by exact computation."""
+"""The exact norms of the weights in use, beside the norms that their constraints promise."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from snparam.parametrization.find import normalised_weights
 
 @dataclass(frozen=True)
 class VerificationRow:
-    """The check of one weight; of several blocks, the one that drifts most.
+    """The check of one weight: the numbers of its block with the largest drift.
 
     Attributes:
-        name: qualified name of the module.
-        tensor: name of the tensor in it. `weight`, of both, is the qualified name of the weight.
+        name: qualified name of the module that has the weight.
+        tensor: name of the tensor in the module; the property `weight` joins both names.
         shape: shape of the weight.
-        matrices: (b, m, n), how it is read.
+        matrices: shape (b, m, n) of the stack that the weight is read as.
         estimate: σ̂ of the original, as eval mode estimates it.
-        exact: σ, in float64, of the weight that eval mode uses.
-        intended: what it is to be: 1 or, by the constraint, c, min(σ, c) or |γ|; 0 for a zero
-            matrix, which stays zero.
-        drift: |exact / intended − 1|.
+        exact: σ of the weight that eval mode uses, in float64.
+        intended: the norm that the constraint promises for the weight in use: 1, c, min(σ, c) or
+            |γ|; 0 for a zero matrix, which stays zero.
+        drift: |exact / intended − 1|; 0 where both are equal, inf where it is NaN.
     """
 
     name: str
@@ -48,7 +48,7 @@ class VerificationRow:
 
 
 class Verification(list[VerificationRow]):
-    """One row per weight; `print` shows an aligned table."""
+    """The checks of a network's normalised weights, one row per weight; `print` shows a table."""
 
     @property
     def worst(self) -> float:
@@ -56,7 +56,7 @@ class Verification(list[VerificationRow]):
         return max(row.drift for row in self)
 
     def __str__(self) -> str:
-        """An aligned table."""
+        """Return an aligned table."""
         rows = [
             [
                 row.weight,
@@ -75,22 +75,25 @@ class Verification(list[VerificationRow]):
 
 @torch.no_grad()
 def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
-    """Measure, per weight, how far the norm of the weight in use is from what it is to be.
+    """Measure how far the norm of each weight in use is from the norm that its constraint promises.
 
-    That is 1; with other constraints c, min(σ, c) or |γ|.
-
-    The weight in use is the one that eval mode uses, whatever mode the model is in; its norm is
-    computed exactly (a full decomposition in float64). No state moves. A network that
-    drifts, and is done training, is brought up to date by `refresh(model)`.
+    The promised norm is 1 by default, and c, min(σ, c) or |γ| with `coeff`, `soft` or `gain`. The
+    weight in use is the one that eval mode uses, whatever mode the model is in; its norm is
+    computed exactly, by a full decomposition in float64. No state moves. Where a trained network
+    drifts, `refresh(model)` converges its estimates.
 
     Args:
         model: a network with SpectralNorm on some weights.
         tolerance: largest relative drift to accept; None (the default) accepts any.
 
+    Returns:
+        A list of rows, one per normalised weight.
+
     Raises:
-        RuntimeError: with the rows at fault, if a drift exceeds the tolerance or is NaN.
+        RuntimeError: if a drift exceeds the tolerance, with the rows of those weights. The drift of
+            a weight with NaN is inf.
         ValueError: if the model has no weight under SpectralNorm.
-        TypeError: if it is no module.
+        TypeError: if `model` is no module.
     """
     check_model(model, "verify")
     rows = Verification()
