@@ -1,1 +1,1 @@
-"""The shell: each command parses, calls what is public, and prints."""
+"""The commands of `python -m snparam`: each parses arguments, calls the library, and prints."""

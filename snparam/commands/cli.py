@@ -1,4 +1,4 @@
-"""The shell: it parses, calls and prints. What it calls is public; nothing is computed here."""
+"""The command line `python -m snparam`, which parses, calls and prints, and computes nothing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,15 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``python -m snparam`` with the given arguments and return its exit status.
 
-    0: all is well. 1: the demo ran, and one of its checks failed. 2: it could not run (wrong
-    arguments, a missing extra, an output directory that cannot be written).
+    Args:
+        argv: the arguments; those of the process where not given.
+
+    Returns:
+        0 if the demo ran and its checks passed, 1 if one of them failed, 2 if it could not run (an
+        extra is missing, or the output directory cannot be written).
+
+    Raises:
+        SystemExit: with status 2 for wrong arguments, 0 after ``--help`` and ``--version``.
     """
     arguments = _parser().parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""The library's main job on real data: convert, train, look, restore, and check each claim.
+"""The demo: a network is converted, trained, inspected and restored, and each claim is checked.
 
 A vision transformer from transformers, built from a small configuration with random weights, is
 converted and trained on scikit-learn's handwritten digits (1797 images of 8 × 8 pixels, which
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Check", "Result", "run"]
 
-# Distribution name -> import name of what the extra `demo` installs.
+# Distribution name -> import name, of each library that the extra `demo` installs.
 _NEEDS = {
     "matplotlib": "matplotlib",
     "numpy": "numpy",
@@ -49,18 +49,18 @@ NUM_SVS = 3
 BATCH_SIZE = 64
 LEARNING_RATE = 8e-3
 
-# The promise of registration: right after it, σ̂ is within 1e-3 of σ.
+# What registration promises: right after it, σ̂ is within 1e-3 of σ.
 TOLERANCE_CONVERTED = 1e-3
-# One step per training forward follows a weight that moves, and trails it: early in training the
-# worst weight can be 0.2 away from 1 where its largest singular values change places, which the run
-# measures and prints. The learning rate ends at zero, so that the estimate has caught up by then:
-# the worst of 15 runs (5 seeds; 1, 2 and 20 epochs) was 1e-2.
+# One power step per training forward lags behind a weight that moves: early in training the norm of
+# the worst weight can be 0.2 away from 1, while its largest singular values change places; the run
+# measures and prints that. The learning rate ends at zero, so that the estimate has converged by
+# the end: the worst of 15 runs (5 seeds; 1, 2 and 20 epochs) was 1e-2.
 TOLERANCE_TRAINED = 5e-2
 
 
 @dataclass(frozen=True)
 class Check:
-    """One claim about this run, what was measured, and whether the measurement supports it."""
+    """A claim about the run, the measurement, and whether the measurement supports the claim."""
 
     claim: str
     measured: str
@@ -69,7 +69,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Result:
-    """What the run found and wrote."""
+    """The result of a run: its checks, the accuracy on the test images, and the files written."""
 
     checks: tuple[Check, ...]
     accuracy: float
@@ -79,7 +79,10 @@ class Result:
 
 @dataclass(frozen=True)
 class _Digits:
-    """Images of shape (n, 1, 8, 8), standardised with the training images; labels (n,)."""
+    """The data set: images (n, 1, 8, 8), standardised by the training images' mean and deviation.
+
+    Labels have the shape (n,).
+    """
 
     train_images: Tensor
     train_labels: Tensor
@@ -89,10 +92,13 @@ class _Digits:
 
 @dataclass(frozen=True)
 class _Training:
-    """What was seen while training.
+    """The records of the training.
 
-    losses: of each step. history: weight name -> (steps, blocks, NUM_SVS). worst_drift: the row of
-    `verify` furthest from 1 at the end of any epoch, and that epoch, counted from 1.
+    Attributes:
+        losses: the loss of each step.
+        history: qualified weight name -> its tracked singular values (steps, b, NUM_SVS).
+        worst_drift: the row of `verify` with the largest drift at the end of any epoch, and that
+            epoch, counted from 1.
     """
 
     losses: list[float]
@@ -106,16 +112,16 @@ def run(out: Path, *, epochs: int = 20, seed: int = 0, quiet: bool = False) -> R
     Args:
         out: the directory for ``singular_values.png`` and ``confusion.png``.
         epochs: passes over the training images.
-        seed: of the split, the weights and the order of the images. The caller's global random
-            state and number of threads are left as they were.
-        quiet: print no tables and no progress bar.
+        seed: seed of the split, the weights and the order of the images. The caller's global
+            random state and number of threads are put back afterwards.
+        quiet: whether to print no tables and no progress bar.
 
     Raises:
-        ImportError: something of the extra ``demo`` is not installed.
-        OSError: ``out`` cannot be created or written.
+        ImportError: if a library of the extra ``demo`` is not installed.
+        OSError: if ``out`` cannot be created or written.
     """
     _require_extras()
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no hub, whatever
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which then asks no hub
     out.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
@@ -124,7 +130,11 @@ def run(out: Path, *, epochs: int = 20, seed: int = 0, quiet: bool = False) -> R
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread, and on a busy machine wait for it."""
+    """Let torch compute in one thread.
+
+    Matrices as small as the demo's gain nothing from a second one, and on a busy machine wait for
+    it.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -137,7 +147,7 @@ def _run(out: Path, epochs: int, seed: int, say: _Narrator) -> Result:
     digits = _load_digits(seed)
     model, fresh = _vision_transformer(), _vision_transformer()
 
-    # The classifier stays as it is: its weight scales the logits, and no bound is wanted there.
+    # The classifier is not converted: its weight scales the logits, which need no bound.
     exclude = ["classifier"]
     say.heading("Plan: what the conversion will do")
     say.line(str(plan_conversion(model, num_svs=NUM_SVS, exclude=exclude)))
@@ -166,7 +176,7 @@ def _run(out: Path, epochs: int, seed: int, say: _Narrator) -> Result:
     converted_logits = _logits(model, digits.test_images)
     model = restore_model(model, bake=True)
     restored_logits = _logits(model, digits.test_images)
-    fresh.load_state_dict(model.state_dict(), strict=False)  # the keys have a check of their own
+    fresh.load_state_dict(model.state_dict(), strict=False)  # `_plain` checks the keys
     fresh_logits = _logits(fresh.eval(), digits.test_images)
 
     predicted = restored_logits.argmax(1)
@@ -200,7 +210,7 @@ def _run(out: Path, epochs: int, seed: int, say: _Narrator) -> Result:
 
 
 def _load_digits(seed: int) -> _Digits:
-    """scikit-learn's digits, a quarter of each class held out for testing."""
+    """Load scikit-learn's digits, with a quarter of each class held out for testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -216,7 +226,7 @@ def _load_digits(seed: int) -> _Digits:
 
 
 def _vision_transformer() -> nn.Module:
-    """A vision transformer for 8 × 8 images in one channel: 16 patches, three layers."""
+    """Build a vision transformer for 8 × 8 images in one channel: 16 patches, three layers."""
     _hide_broken_torchvision()
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -235,9 +245,9 @@ def _vision_transformer() -> nn.Module:
 
 
 def _hide_broken_torchvision() -> None:
-    """Let transformers do without a torchvision that was built for another torch.
+    """Hide from transformers a torchvision that was built for another torch.
 
-    It is not needed here, but would be imported for being installed.
+    The demo does not need torchvision, but transformers imports it where it is installed.
     """
     try:
         import torchvision  # noqa: F401
@@ -248,7 +258,7 @@ def _hide_broken_torchvision() -> None:
 
 
 def _train(model: nn.Module, digits: _Digits, epochs: int, say: _Narrator) -> _Training:
-    """Train in place, an ordinary loop; the only addition is what it records."""
+    """Train a model in place by an ordinary loop that also records losses, σ and drift."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     steps = epochs * -(-len(digits.train_images) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -279,19 +289,22 @@ def _train(model: nn.Module, digits: _Digits, epochs: int, say: _Narrator) -> _T
 
 @torch.no_grad()
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    """The model's outputs of shape (n, 10)."""
+    """Return a model's logits (n, 10) for images (n, 1, 8, 8)."""
     logits: Tensor = model(pixel_values=images).logits
     return logits
 
 
 def _confusion(true: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Counts of shape (classes, classes); rows are the true classes."""
+    """Return the confusion matrix (classes, classes) of counts; rows are the true classes."""
     return torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
 @torch.no_grad()
 def _tracked_against_exact(model: nn.Module) -> str:
-    """A sentence: the stored estimates against a decomposition of the originals in float64."""
+    """Return a sentence that compares the tracked singular values with the exact ones.
+
+    The exact ones are those of the originals, by a decomposition in float64.
+    """
     worst = torch.zeros(NUM_SVS, dtype=torch.float64)
     tracked = singular_values(model)
     for name, values in tracked.items():
@@ -337,7 +350,7 @@ def _same(claim: str, found: Tensor, expected: Tensor) -> Check:
 
 
 def _plain(model: nn.Module, fresh: nn.Module) -> Check:
-    """Nothing of the conversion is left: classes, keys and hooks are those of a fresh model."""
+    """Check that a restored model has the classes and keys of a fresh one, and has no hooks."""
     left = [
         f"{name or 'the model'} is a {type(module).__name__}, not a {type(twin).__name__}"
         for (name, module), twin in zip(model.named_modules(), fresh.modules(), strict=False)
@@ -369,7 +382,7 @@ def _hooked(model: nn.Module) -> Iterator[str]:
 
 
 class _Narrator:
-    """Prints to stdout and draws the progress bar on stderr, or, when quiet, does neither."""
+    """The demo's output: text on stdout and a progress bar on stderr, or neither when quiet."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
@@ -383,7 +396,7 @@ class _Narrator:
             print(text, flush=True)
 
     def report(self, report: Verification) -> None:
-        """The report: a rich table on a terminal, aligned plain text into a file or a pipe."""
+        """Print a report as a rich table on a terminal, as aligned plain text elsewhere."""
         if self.quiet:
             return
         if not sys.stdout.isatty():
@@ -393,7 +406,7 @@ class _Narrator:
         from rich.table import Table
 
         table = Table()
-        table.add_column("weight", overflow="fold")  # a cut name could be that of another weight
+        table.add_column("weight", overflow="fold")  # two truncated names could be equal
         table.add_column("shape")
         for heading in ("estimated σ", "σ in use", "drift"):
             table.add_column(heading, justify="right")
