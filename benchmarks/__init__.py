@@ -1,1 +1,1 @@
-"""What normalisation costs, against its peers: `python -m benchmarks`."""
+"""Benchmarks of what normalising costs, beside its peers: `python -m benchmarks`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure, print the table, and, if asked, write it down."""
+"""The command `python -m benchmarks`, which measures, prints the table, and records it if asked."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from .cases import CASES
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 41
 
-# On an accelerator most rows take milliseconds; the few that wait for its decompositions would take
-# the eight minutes that the whole command, with the tests for accelerators, is to fit into.
+# Seconds after which a row begins no further round. On an accelerator most rows take milliseconds,
+# but the few that wait for its decompositions would alone take the eight minutes that the whole
+# command, with the tests for accelerators, is to fit into.
 MOST_SECONDS = {"cuda": 8.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, whether or not targets are reached."""
+    """Run the command and return its exit status, 0 whether or not targets are reached."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     options = parser.parse_args(given)
@@ -113,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _devices() -> str:
-    """What `--device` says of itself: what was measured, so that nobody takes it for more."""
+    """Return the help of `--device`, with the machines that results are recorded for."""
     recorded = sorted(
         path.stem for path in RESULTS.glob("*.json") if not path.stem.endswith("-ablation")
     )
@@ -127,7 +128,7 @@ def _cases() -> str:
 
 
 def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse what cannot be done before measuring for minutes."""
+    """Refuse options that cannot be carried out, before minutes of measuring."""
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     if options.ablate and options.only:
@@ -139,7 +140,7 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
 
 
 def _command(options: argparse.Namespace) -> str:
-    """The command as it was given, without the paths."""
+    """Return the command as it was given, without its paths."""
     parts = ["python -m benchmarks"]
     parts += ["--only " + " ".join(options.only)] if options.only else []
     parts += ["--ablate"] if options.ablate else []

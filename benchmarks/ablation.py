@@ -1,4 +1,7 @@
-"""Each speed-up that snparam has, on and off, in the cases of the table: what it earns."""
+"""The ablation of snparam's speed-ups: the time of each case with a speed-up on and off.
+
+A speed-up that earns nothing in any row is to be deleted.
+"""
 
 from __future__ import annotations
 
@@ -35,25 +38,25 @@ from .peers import OURS
 
 ON, OFF = "on", "off"
 
-# More than any tensor has.
+# A threshold above the size of any tensor, so that what depends on it never happens.
 _NEVER = 1 << 62
 
-# What a speed-up is made of: attributes of modules, and the values that turn it off.
+# What turns a speed-up off or on: modules, names of their attributes, and the values to set.
 Values = list[tuple[Any, str, Any]]
 
-# A case: its name, and how to make its work, once with the speed-up on and once with it off.
+# Cases, each with its name and a function that makes its work, called once for on, once for off.
 Cases = Iterator[tuple[str, Callable[[], work.Work]]]
 
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """A speed-up, and where it is to be seen.
+    """A speed-up of snparam and the cases that should show what it earns.
 
     Attributes:
-        name: what is done.
-        off: gives the values without it.
-        cases: gives the cases.
-        fewer: so many times fewer rounds, for cases that are long.
+        name: what the speed-up does.
+        off: function that returns the values which turn it off.
+        cases: function that yields the cases of a setup.
+        fewer: factor by which cases with long work have fewer rounds.
         cpu_only: whether it does nothing on other devices.
     """
 
@@ -65,7 +68,7 @@ class SpeedUp:
 
 
 def rows(setup: Setup) -> Iterator[Row]:
-    """The time without each speed-up by the time with it, case by case."""
+    """Yield a row per speed-up and case: the time without the speed-up over the time with it."""
     for speed_up in SPEED_UPS:
         if speed_up.cpu_only and setup.device != "cpu":
             continue
@@ -79,7 +82,10 @@ def rows(setup: Setup) -> Iterator[Row]:
 
 
 def under(values: Values, run: work.Work) -> work.Work:
-    """Return work that is done under these values, which costs the same whatever they are."""
+    """Return work that sets values, runs, and puts the earlier values back.
+
+    Setting costs the same whatever the values are, so that on and off compare.
+    """
 
     def under_values() -> None:
         before = [getattr(module, attribute) for module, attribute, _ in values]
@@ -95,7 +101,10 @@ def under(values: Values, run: work.Work) -> work.Work:
 
 
 def _wherever_imported(function: Any) -> Values:
-    """Let a question be answered with no, in each module that asks it."""
+    """Return values that replace a predicate by one that is always False.
+
+    Each module of snparam that has imported the predicate has a name of it to replace.
+    """
     return [
         (module, name, lambda *_: False)
         for key, module in sorted(sys.modules.items())
@@ -136,7 +145,10 @@ def _training_steps(setup: Setup) -> Cases:
 
 
 def _updates(setup: Setup) -> Cases:
-    """Networks with weights that are small enough to be moved together, and the update alone."""
+    """Yield training steps with `update="step"`, and the update alone.
+
+    The networks have weights that are small enough for their states to be moved together.
+    """
     name = "tiny" if setup.quick else "ResNet-50"
     make, shape = networks_of(setup)[name]
     depth, width = (2, 8) if setup.quick else (32, 64)

@@ -1,4 +1,4 @@
-"""The rows of the table: what is measured, against what, and what is to be reached."""
+"""The cases of the benchmark: the work that is measured, its peers, and the targets."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ AGAINST_TORCH = "torch's parametrization"
 AGAINST_SEQUENTIAL = "sequential Gram-Schmidt"
 AGAINST_ADDED = "added by torch's"
 
-# What a block iteration multiplies by BLAS, without the orthonormalisation.
+# The matrix products of a power step on k vectors, without the orthonormalisation.
 PRODUCTS = "its two products alone"
 
 Shape = tuple[int, ...]
 
-# Weights of one layer, and how many times as fast as torch's: of wide networks, where memory
-# traffic is the cost, and of small ones, where the number of operations is.
+# Shapes of the weight of one layer, and how many times as fast as torch's snparam is to be. In the
+# first four, memory traffic is the cost; in the small ones, the number of operations.
 LAYERS: dict[Shape, float] = {
     (256, 256, 3, 3): 2.5,
     (512, 512, 3, 3): 2.5,
@@ -36,11 +36,11 @@ LAYERS: dict[Shape, float] = {
     (192, 192): 1.5,
 }
 
-# Matrices to find several singular values of, and how many.
+# Shapes of the matrices whose largest singular values are tracked, and how many of these.
 MATRICES = [(4096, 1024), (2048, 512)]
 COUNT = 8
 
-# Parts of the time that torch's adds to a training step.
+# Targets for the time that snparam adds to a training step, over the time that torch's adds.
 ADDED = {
     "ResNet-18": 1 / 3,
     "ResNet-50": 1 / 3,
@@ -52,27 +52,27 @@ PASSES = 4
 
 
 def layers_of(setup: Setup) -> dict[Shape, float]:
-    """The weights that a run looks at."""
+    """Return the shapes of layers' weights that a run measures, with their targets."""
     return {(16, 16, 3, 3): 2.5, (8, 8): 1.3} if setup.quick else LAYERS
 
 
 def matrices_of(setup: Setup) -> list[Shape]:
-    """The matrices that a run looks at."""
+    """Return the shapes of matrices that a run measures with several singular values."""
     return [(12, 20)] if setup.quick else list(MATRICES)
 
 
 def networks_of(setup: Setup) -> dict[str, models.Network]:
-    """The networks that a run looks at."""
+    """Return the networks that a run measures, by name."""
     return models.TINY if setup.quick else models.NETWORKS
 
 
 def by(shape: Shape) -> str:
-    """A shape as the table writes it."""
+    """Return a shape as the table writes it, such as `256x256x3x3`."""
     return "x".join(map(str, shape))
 
 
 def single_layers(setup: Setup) -> Iterator[Row]:
-    """Weight read and backward of one layer."""
+    """Yield the rows of reading the weight of one layer and going backward from it."""
     for shape, reach in layers_of(setup).items():
         source = models.layer(shape).to(setup.device)
         grad = torch.randn(shape, device=setup.device)
@@ -88,7 +88,7 @@ def single_layers(setup: Setup) -> Iterator[Row]:
 
 
 def many_values(setup: Setup) -> Iterator[Row]:
-    """One iteration with several singular values."""
+    """Yield the rows of one power step that tracks several singular values."""
     for shape in matrices_of(setup):
         source = models.layer(shape).to(setup.device)
         difference = peers.check_same_numbers(
@@ -104,7 +104,11 @@ def many_values(setup: Setup) -> Iterator[Row]:
 
 
 def iterations(matrix: Tensor, count: int) -> dict[str, work.Work]:
-    """New u, v and singular values of a matrix, as a block and vector by vector."""
+    """Return three ways to compute a power step on a matrix (m, n), or a part of it.
+
+    They are snparam's step on a block of `count` vectors, the sequential step vector by vector, and
+    the two products of the block alone.
+    """
     start = torch.randn(count, matrix.shape[0], device=matrix.device)
     right = torch.randn(1, count, matrix.shape[1], device=matrix.device)
 
@@ -124,7 +128,10 @@ def iterations(matrix: Tensor, count: int) -> dict[str, work.Work]:
 
 
 def training_steps(setup: Setup) -> Iterator[Row]:
-    """Whole training steps: time added over the unconverted model, against torch's."""
+    """Yield the rows of whole training steps.
+
+    Each is the time that snparam adds to the unconverted model over the time that torch's adds.
+    """
     for name, (make, shape) in networks_of(setup).items():
         source, x = make().to(setup.device), torch.randn(shape, device=setup.device)
         times = setup.times(
@@ -139,7 +146,7 @@ def training_steps(setup: Setup) -> Iterator[Row]:
 
 
 def accumulated_steps(setup: Setup) -> Iterator[Row]:
-    """The same with updates once per optimizer step and several passes for each."""
+    """Yield the rows of training steps with `update="step"` and several passes per update."""
     for name, (make, shape) in networks_of(setup).items():
         source, x = make().to(setup.device), torch.randn(shape, device=setup.device)
         stepwise = peers.ours(update="step")(source)
@@ -160,7 +167,7 @@ def accumulated_steps(setup: Setup) -> Iterator[Row]:
 
 
 def inference(setup: Setup) -> Iterator[Row]:
-    """Eval with cached weights, and of a restored network."""
+    """Yield the rows of inference with cached weights and with a restored network."""
     name, (make, shape) = _residual(setup)
     source, x = make().to(setup.device).eval(), torch.randn(shape, device=setup.device)
     cached = peers.ours()(source)
@@ -178,7 +185,11 @@ def inference(setup: Setup) -> Iterator[Row]:
 
 
 def peak_memory(setup: Setup) -> Iterator[Row]:
-    """Memory of a weight's read and backward, of a training step, and what stays after one."""
+    """Yield the rows of memory.
+
+    They are the peak of a weight's read and backward, the peak of a training step, and what a
+    network holds after one.
+    """
     yield _memory_of_a_weight(setup)
     name, (make, shape) = list(networks_of(setup).items())[-1]
     source, x = make().to(setup.device), torch.randn(shape, device=setup.device)
@@ -204,7 +215,7 @@ def _memory_of_a_weight(setup: Setup) -> Row:
 
 
 def _memory_of_a_step(setup: Setup, name: str, source: nn.Module, x: Tensor) -> Row:
-    """Peak memory of a training step that normalising adds, against what torch's adds."""
+    """Return the row of the peak memory that snparam adds to a training step, against torch's."""
     peaks = {}
     contenders = {PLAIN: peers.plain, OURS: peers.ours(), TORCH: peers.torch_parametrization}
     for who, convert in contenders.items():
@@ -222,7 +233,10 @@ def _memory_of_a_step(setup: Setup, name: str, source: nn.Module, x: Tensor) -> 
 
 
 def _memory_that_stays(setup: Setup, name: str, source: nn.Module, x: Tensor) -> Iterator[Row]:
-    """Memory that a converted network holds after a training step, beyond the unconverted one's."""
+    """Yield rows of the memory that a network holds after a training step, over its weights' size.
+
+    That is the memory of the converted network less the memory of the unconverted one.
+    """
 
     def after_a_step(convert: peers.Convert) -> float:
         def make() -> nn.Module:
@@ -242,7 +256,7 @@ def _memory_that_stays(setup: Setup, name: str, source: nn.Module, x: Tensor) ->
         ratio = (held[OURS] - plain) / weights
         how = "" if who == OURS else f", {who}"
         case, spread = f"memory held after a step, {name}{how}", Spread(ratio, ratio, ratio)
-        # The vectors of the state are below 1% of these weights; a copy of any is above it.
+        # The states take less than 1% of these weights; a copy of any weight takes more.
         yield Row(case, "the weights", spread, 0.01, False, held, "bytes")
 
 
@@ -251,7 +265,7 @@ def _bytes(layers: list[nn.Module]) -> int:
 
 
 def conversion(setup: Setup) -> Iterator[Row]:
-    """Converting a network (and taking it back), against one float64 svdvals of each layer."""
+    """Yield the row of converting and restoring a network, against a float64 svdvals per layer."""
     name, (make, _) = _residual(setup)
     source = make().to(setup.device)
     matrices = list(work.matrices_of(peers.layers(source)))
@@ -269,10 +283,11 @@ def conversion(setup: Setup) -> Iterator[Row]:
 
 
 def _worst_sigma(plan: snparam.ConversionPlan, matrices: list[Tensor]) -> float:
-    """The largest relative error of the σ that registration finds.
+    """Return the largest relative error of the σ in a plan, against svdvals in float64.
 
     Raises:
-        AssertionError: if it is above 1e-3, or another number of layers is converted.
+        AssertionError: if the error is above 1e-3.
+        ValueError: if the plan converts another number of weights than there are matrices.
     """
     found = [row.sigma or 0.0 for row in plan.to_convert]
     exact = [float(torch.linalg.svdvals(matrix.double().cpu())[0]) for matrix in matrices]

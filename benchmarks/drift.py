@@ -1,8 +1,8 @@
-"""Drift against cost: how far the weight in use is from the norm of 1 while its spectrum changes.
+"""Drift and cost of the estimators while a second singular value overtakes the first.
 
-The classic step keeps its vectors in order, so that a singular value that overtakes the first is
-found late, or not at all, however many are tracked; Rayleigh-Ritz turns the vectors, and finds it
-at once.
+Drift is how far the norm of the weight in use is from 1. The classic step keeps its vectors in
+order, so that it finds a singular value that overtakes the first late, or not at all, however many
+it tracks. Rayleigh-Ritz rotates the vectors, and finds it at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REACH = {("rayleigh-ritz", 2): 1e-3}
 
 
 def rows(setup: Setup) -> Iterator[Row]:
-    """The worst drift of each way to find σ, and the time of a step beside the classic one."""
+    """Yield rows of each estimator's worst drift, and of its time per step over the classic one's."""
     steps, changing, shape = 100, (64, 48), (4096, 1024)
     if setup.quick:
         steps, changing, shape = 10, (16, 12), (20, 12)
@@ -48,9 +48,10 @@ def rows(setup: Setup) -> Iterator[Row]:
 
 
 def overtaking(rows: int, columns: int, steps: int, device: str) -> Iterator[Tensor]:
-    """Matrices of one pair of singular bases, whose second value overtakes the first halfway.
+    """Yield matrices whose second singular value overtakes the first halfway.
 
-    The first singular value is 1, the second grows from 0.8 to 1.2, and the others are below 0.6.
+    All have the same singular vectors. The first singular value is 1, the second grows from 0.8 to
+    1.2, and the others are below 0.6.
     """
     generator = torch.Generator().manual_seed(0)
     draws = [
@@ -65,7 +66,13 @@ def overtaking(rows: int, columns: int, steps: int, device: str) -> Iterator[Ten
 
 
 def worst_drift(matrices: list[Tensor], sigma: str, num_svs: int) -> float:
-    """Return how far the norm of the weight in use was from 1 at worst, a training step each."""
+    """Return the largest |σ − 1| of the weight in use, over one training forward per matrix.
+
+    Args:
+        matrices: values (m, n) that the original takes, one after another.
+        sigma: name of the estimator.
+        num_svs: how many singular values it tracks.
+    """
     layer = nn.Linear(1, 1, bias=False)
     layer.weight = nn.Parameter(matrices[0].clone())
     original = layer.weight

@@ -1,4 +1,4 @@
-"""Memory that calls take beyond what was there before them."""
+"""Measurement of the memory that a call takes beyond what was held before it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ Run = Callable[[], object]
 
 
 def peak_extra(run: Run, device: str) -> int:
-    """Return the most bytes that torch holds at once during two calls, less those before them.
+    """Return the most bytes that torch holds at once during two calls, less those held before.
 
-    Two, so that what a first call leaves behind for later ones counts in the second. Neither should
-    be the first of its kind in the process, in which libraries make their workspaces. On a CUDA
-    device the allocator counts. On a CPU the profiler records every allocation and release by
-    torch's allocator, in order, and they are added up; the growth of the process (`VmHWM` of a
-    fresh one) is the same to 1% for large tensors. Buffers that a BLAS library takes for itself are
-    not in it.
+    There are two calls so that what the first leaves for later ones counts during the second. Call
+    `run` once before, because libraries allocate their workspaces in the first call of a process.
 
-    What `run` releases of what was there before lowers the count, so that a gradient of an earlier
-    call should be dropped first.
+    On a CUDA device the allocator's own statistics are used. On a CPU the profiler records every
+    allocation and release by torch's allocator in order, and they are added up; for large tensors
+    that agrees to 1% with the growth of a fresh process (`VmHWM`). Buffers that a BLAS library
+    allocates itself do not count.
+
+    Memory held before that `run` releases lowers the result, so drop the gradients of an earlier
+    call first.
     """
 
     def twice() -> None:
@@ -33,7 +34,7 @@ def peak_extra(run: Run, device: str) -> int:
 
 
 def left_behind(make: Run, device: str) -> int:
-    """Return the bytes that torch holds for what a call returns, beyond those held before it."""
+    """Return the bytes that torch holds after a call, its result kept, beyond those held before."""
     made: list[object] = []
 
     def run() -> None:
@@ -45,7 +46,7 @@ def left_behind(make: Run, device: str) -> int:
 
 
 def _extra(run: Callable[[], None], device: str) -> tuple[int, int]:
-    """Return the bytes held beyond those before a call: at its worst, and at its end."""
+    """Return the bytes held beyond those before a call: their peak, and those at its end."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

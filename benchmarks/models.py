@@ -1,4 +1,4 @@
-"""Networks of usual shapes, with random weights and no dependency but torch."""
+"""The networks that are measured: usual shapes, random weights, no dependency but torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.nn import functional as F
 
 
 class Network(NamedTuple):
-    """A network to measure: how to make it, and the shape of its input."""
+    """A network to measure: the function that makes it, and the shape of its input."""
 
     make: Callable[[], nn.Module]
     input_shape: tuple[int, ...]
 
 
 class Residual(nn.Module):
-    """A residual block: basic (two 3×3) or bottleneck (1×1, 3×3, 1×1).
+    """A residual block, basic (two 3×3 convolutions) or bottleneck (1×1, 3×3, 1×1).
 
-    Source: He et al. 2016, with the stride in the 3×3 convolution.
+    Source: He et al. 2016, with the stride in the first 3×3 convolution.
     """
 
     def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool) -> None:
@@ -40,7 +40,7 @@ class Residual(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, inputs, height, width) to (batch, outputs, height / stride, width / stride)."""
+        """Map (batch, inputs, rows, columns) to (batch, outputs, rows / stride, columns / stride)."""
         y, last = x, len(self.convs) - 1
         for number, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             y = norm(conv(y))
@@ -50,7 +50,7 @@ class Residual(nn.Module):
 
 
 def resnet(depths: tuple[int, ...], bottleneck: bool) -> nn.Module:
-    """A residual network with 1000 classes; `depths` are the blocks of each stage."""
+    """Return a residual network with 1000 classes; `depths` are the numbers of blocks per stage."""
     parts: list[nn.Module] = [
         nn.Conv2d(3, 64, 7, 2, 3, bias=False),
         nn.BatchNorm2d(64),
@@ -77,7 +77,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, positions, width) to the same shape."""
+        """Map (batch, positions, width) to the same shape."""
         b, t, width = x.shape
         qkv = self.qkv(self.first(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=self.causal)
@@ -96,19 +96,19 @@ class Vit(nn.Module):
         self.head = nn.Linear(384, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, 3, height, width) to (batch, 1000)."""
+        """Map (batch, 3, height, width) to (batch, 1000)."""
         x = self.patches(x).flatten(2).transpose(1, 2)
         out: Tensor = self.head(self.blocks(x).mean(1))
         return out
 
 
 def gpt2_blocks() -> nn.Module:
-    """Four blocks of GPT-2's width."""
+    """Return four transformer blocks of GPT-2's width, without embeddings and head."""
     return nn.Sequential(*[Block(768, 12, causal=True) for _ in range(4)])
 
 
 def stack(depth: int, width: int = 64) -> nn.Module:
-    """Many small layers: what they cost is the number of operations, not the arithmetic."""
+    """Return a chain of small layers, which cost by the number of operations, not the arithmetic."""
     return nn.Sequential(*[nn.Linear(width, width) for _ in range(depth)])
 
 
@@ -121,7 +121,7 @@ NETWORKS: dict[str, Network] = {
 
 
 def tiny() -> nn.Module:
-    """The network of a quick run."""
+    """Return the network of a quick run."""
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
 
 
@@ -129,7 +129,7 @@ TINY: dict[str, Network] = {"tiny": Network(tiny, (2, 3, 8, 8))}
 
 
 def layer(shape: tuple[int, ...]) -> nn.Module:
-    """One layer whose weight has the given shape."""
+    """Return a Linear or, for four dimensions, a Conv2d whose weight has the given shape."""
     kind = nn.Linear(1, 1, bias=False) if len(shape) == 2 else nn.Conv2d(1, 1, 1, bias=False)
     kind.weight = nn.Parameter(torch.randn(shape) * 0.02)
     return kind

@@ -1,4 +1,4 @@
-"""The contenders: ways of normalising every layer of a network. Each leaves its argument alone."""
+"""The contenders: functions that return a copy of a network with every layer normalised."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding)
 
 
 class Sequential(nn.Module):
-    """W → W / σ₁ by power iteration vector by vector, with Gram-Schmidt between the vectors.
+    """The layer of BigGAN as a parametrization: W / σ₁, by power iteration vector by vector.
 
-    The layer of BigGAN (Brock, Donahue and Simonyan 2019), written from its maths and sharing no
-    code with snparam. For i = 1…k in order, with normalize(x) = x / max(‖x‖, 1e-12):
+    It is written from the paper's mathematics (Brock, Donahue and Simonyan 2019) and shares no code
+    with snparam. For i = 1…k in order, with normalize(x) = x / max(‖x‖, 1e-12):
 
         v_i = normalize(Wᵀ u_i minus its projections on the new v_1…v_{i−1})
         u_i = normalize(W v_i minus its projections on the new u_1…u_{i−1})
 
-    and σ_i = u_iᵀ W v_i, u and v constants to autograd.
+    and σ_i = u_iᵀ W v_i, where u and v are constants to autograd.
 
     Attributes:
-        u: buffer, (k, m).
-        sv: buffer, (k,).
+        u: left singular vectors as rows (k, m), a buffer.
+        sv: singular values (k,), a buffer.
     """
 
     u: Tensor
@@ -50,7 +50,7 @@ class Sequential(nn.Module):
         self.register_buffer("sv", weight.new_ones(num_svs))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The normalised weight; in training mode u and sv move."""
+        """Return the normalised weight; in training mode u and sv are updated."""
         matrix = weight.flatten(1)
         with torch.no_grad():
             us = [u.clone() for u in self.u]
@@ -66,7 +66,7 @@ class Sequential(nn.Module):
 
     @staticmethod
     def step(matrix: Tensor, us: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """New u and v, each of k vectors, of a matrix (m, n)."""
+        """Return the k new u (m,) and v (n,) of one power step on a matrix (m, n)."""
         new_us: list[Tensor] = []
         vs: list[Tensor] = []
         for u in us:
@@ -83,17 +83,17 @@ def _orthonormal_to(earlier: list[Tensor], x: Tensor) -> Tensor:
 
 
 def layers(model: nn.Module) -> list[Any]:
-    """The layers that every contender normalises."""
+    """Return the layers of a network that every contender normalises."""
     return [module for module in model.modules() if isinstance(module, _LAYERS)]
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The unconverted network."""
+    """Return an unconverted copy of a network."""
     return copy.deepcopy(model)
 
 
 def torch_parametrization(model: nn.Module) -> nn.Module:
-    """torch.nn.utils.parametrizations.spectral_norm."""
+    """Return a copy with torch.nn.utils.parametrizations.spectral_norm on every layer."""
     model = copy.deepcopy(model)
     for layer in layers(model):
         nn.utils.parametrizations.spectral_norm(layer, n_power_iterations=1)
@@ -101,7 +101,7 @@ def torch_parametrization(model: nn.Module) -> nn.Module:
 
 
 def sequential(num_svs: int) -> Convert:
-    """The vector-by-vector iteration of BigGAN's layer."""
+    """Return a function that puts the `Sequential` parametrization on every layer of a copy."""
 
     def convert(model: nn.Module) -> nn.Module:
         model = copy.deepcopy(model)
@@ -114,10 +114,11 @@ def sequential(num_svs: int) -> Convert:
 
 
 def ours(num_svs: int = 1, **options: Any) -> Convert:
-    """snparam, with options of `convert_model`.
+    """Return a function that converts a copy by snparam, with options of `convert_model`.
 
-    By default it starts as the others do, at random: a step costs the same, and to converge takes
-    a minute for wide matrices whose singular values are as close as those of random ones.
+    By default u starts at random, as the other contenders' does. The cost of a step is the same,
+    and converging takes a minute for wide matrices with singular values as close together as those
+    of random ones.
     """
 
     def convert(model: nn.Module) -> nn.Module:
@@ -128,21 +129,27 @@ def ours(num_svs: int = 1, **options: Any) -> Convert:
 
 
 class Difference(NamedTuple):
-    """How far two iterations are apart: relative in sv, absolute in the unit vectors u."""
+    """The largest differences of two iterations: relative in sv, absolute in the entries of u."""
 
     sv: float
     u: float
 
 
-# Rounding of float32 through two products and an orthonormalisation of 16 vectors.
+# Bounds on the difference that float32 rounding makes, through two products and an
+# orthonormalisation of 16 vectors.
 SAME = Difference(sv=1e-4, u=1e-3)
 
 
 def check_same_numbers(block: nn.Module, vectors: nn.Module, steps: int = 3) -> Difference:
-    """Take steps with snparam's layer and with the sequential one, from the latter's u.
+    """Return how far snparam's steps and the sequential ones are apart, from the same u.
+
+    Args:
+        block: a layer converted by `ours`.
+        vectors: a layer of the same weight, converted by `sequential`, whose u both start from.
+        steps: how many training forwards to compare.
 
     Raises:
-        AssertionError: if their sv or u differ by more than `SAME`.
+        AssertionError: if sv or u differ by more than `SAME`.
     """
     ours_: Any = block.parametrizations["weight"][0]  # type: ignore[index]
     other: Any = vectors.parametrizations["weight"][0]  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""Printing and recording what was measured."""
+"""The report of a run: its rows as a table, as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _HEADER = ["case", "against", "reach", "ratio", "quartiles", ""]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """An aligned table of ratios; bare times are in the JSON only."""
+    """Return an aligned table of ratios; bare times are in the JSON alone."""
     return aligned(_HEADER, [_cells(row) for row in rows])
 
 
 def notes(rows: Sequence[Row]) -> str:
-    """What was checked on the way, a line each."""
+    """Return what the rows have checked besides, one line per check."""
     return "\n".join(f"{row.case}: {row.note}" for row in rows if row.note)
 
 
 def on_and_off(rows: Sequence[Row]) -> str:
-    """An aligned table of speed-ups: milliseconds with each and without, and their ratio."""
+    """Return an aligned table of speed-ups: milliseconds with and without each, and their ratio."""
     lines = []
     for row in rows:
         on, off = (f"{row.medians[which] * 1e3:.3g} ms" for which in ("on", "off"))
@@ -39,7 +39,7 @@ def on_and_off(rows: Sequence[Row]) -> str:
 
 
 def line(row: Row) -> str:
-    """One row by itself."""
+    """Return a row as one line of text."""
     _, against, reach, ratio, quartiles, verdict = _cells(row)
     wanted = f"; {reach} wanted: {verdict}" if verdict else ""
     return f"{row.case}, against {against}: {ratio} [{quartiles}]{wanted}"
@@ -62,12 +62,12 @@ def _number(value: float) -> str:
         return "?"
     if 0 < abs(value) < 0.01:
         return f"{value:.0e}"
-    # Near 1 the targets are percents.
+    # Targets close to 1, such as 1.02, are percents over the peer.
     return f"{value:.3f}" if 0.9 < value < 1.1 else f"{value:.2f}"
 
 
 def machine(setup: Setup) -> dict[str, str]:
-    """What it ran on: kind of machine and versions, no names and no paths."""
+    """Return the kind of machine and the versions of a run, without host names and paths."""
     found = {
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
@@ -84,7 +84,7 @@ def machine(setup: Setup) -> dict[str, str]:
 
 
 def kind(setup: Setup) -> str:
-    """What results of this kind of machine are filed under."""
+    """Return the stem of the files that hold the results of this kind of machine."""
     if setup.device == "cuda":
         return f"cuda-{_slug(torch.cuda.get_device_name())}"
     processor = _slug(_processor_name()) or "unknown"
@@ -92,14 +92,14 @@ def kind(setup: Setup) -> str:
 
 
 def _slug(name: str) -> str:
-    """The words of a product's name, as a file's name: without marks and what all are."""
+    """Return a product's name as a part of a file name, without signs and generic words."""
     name = name.lower().replace("(r)", " ").replace("(tm)", " ")
     words = "".join(c if c.isalnum() else " " for c in name).split()
     return "-".join(word for word in words if word not in ("cpu", "processor"))
 
 
 def as_data(rows: Sequence[Row], setup: Setup, command: str) -> dict[str, Any]:
-    """Everything measured, with raw medians, for JSON."""
+    """Return everything that was measured, with bare medians, for JSON."""
     return {
         "command": command,
         "machine": machine(setup),
@@ -126,7 +126,7 @@ def _or_none(value: float) -> float | None:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write `as_data`'s answer."""
+    """Write what `as_data` returns to a file, whose folder is made where needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
@@ -134,7 +134,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 def write_markdown(
     path: Path, rows: Sequence[Row], setup: Setup, command: str, ablated: bool = False
 ) -> None:
-    """Write the table, with what it ran on and the command that made it."""
+    """Write the table to a file, with the machine and the command that made it."""
     about = "\n".join(f"- {key}: {value}" for key, value in machine(setup).items())
     checked = f"\nChecked in the same run:\n\n```text\n{notes(rows)}\n```\n"
     text = f"""\

@@ -1,4 +1,4 @@
-"""How a run is set up, and the rows that it makes."""
+"""The setup of a run, and the rows that the run makes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .timing import WARM_UP, Spread, Times, interleaved
 
 @dataclass(frozen=True)
 class Setup:
-    """How to measure.
+    """The settings of a run.
 
     Attributes:
         device: "cpu" or "cuda".
-        rounds: interleaved rounds of a row whose work is short.
-        quick: tiny shapes, to see that it runs.
-        most_seconds: after which a row begins no further round.
+        rounds: number of interleaved rounds of a row with short work.
+        quick: whether to measure tiny shapes, which only shows that everything runs.
+        most_seconds: seconds after which a row begins no further round.
     """
 
     device: str
@@ -28,25 +28,32 @@ class Setup:
     def times(
         self, runs: Mapping[str, Callable[[], object]], fewer: int = 1, warm_up: int = WARM_UP
     ) -> Times:
-        """Time contenders against each other, in so many times `fewer` rounds if work is long."""
+        """Return the times of contenders, measured in interleaved rounds.
+
+        Args:
+            runs: the work of each contender, by name.
+            fewer: factor by which long work has fewer rounds; at least 5 are left, where the setup
+                has them.
+            warm_up: number of calls of each before the first round.
+        """
         rounds = max(min(self.rounds, 5), self.rounds // fewer)
         return interleaved(runs, rounds, self.device, warm_up, self.most_seconds)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A measured ratio.
+    """A measured ratio and its target.
 
     Attributes:
         case: what was measured.
-        against: what the ratio compares with.
+        against: what snparam is compared with.
         ratio: the median over rounds, with its quartiles.
-        reach: what is to be reached, or None where the row is for looking only.
-        faster: whether the ratio is the other's cost by snparam's, to be at least `reach`; else it
-            is snparam's by the other's, to be at most `reach`.
-        medians: by contender, in `unit`.
+        reach: the target, or None where there is none.
+        faster: True where the ratio is the peer's cost over snparam's, which is to be at least
+            `reach`; False where it is snparam's over the peer's, to be at most `reach`.
+        medians: median cost of each contender, in `unit`.
         unit: "seconds" or "bytes".
-        note: what was checked on the way.
+        note: what the case has checked besides, or "".
     """
 
     case: str
@@ -60,7 +67,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """`met`, `short`, `unclear` (lost in noise), or nothing where nothing is to be reached."""
+        """`met`, `short`, `unclear` (smaller than the noise), or "" where there is no target."""
         if self.reach is None:
             return ""
         if math.isnan(self.ratio.median):

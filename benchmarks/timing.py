@@ -1,4 +1,4 @@
-"""Interleaved timing: every round runs every contender, in an order that rotates."""
+"""Interleaved timing: every round runs every contender, in an order that rotates by one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 
 WARM_UP = 3
 
-# A sample shorter than this is repeated until it is not: below, the clock and the caches of whoever
-# ran before weigh as much as what is measured.
+# Seconds that a sample takes at least, by repeated calls: in shorter ones, the clock and the caches
+# that the previous contender left weigh as much as what is measured.
 SHORTEST_SAMPLE = 5e-3
 MOST_REPEATS = 100
 
 
 class Spread(NamedTuple):
-    """A median over rounds and its quartiles."""
+    """A median over rounds, and the lower and upper quartile."""
 
     median: float
     low: float
@@ -29,34 +29,34 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each contender in each round, by name; rounds are comparable one by one."""
+    """Seconds of each contender in each round, by name; compare times of the same round."""
 
     rounds: dict[str, list[float]]
 
     def median(self, name: str) -> float:
-        """Seconds of one contender."""
+        """Return the median seconds of one contender."""
         return statistics.median(self.rounds[name])
 
     def medians(self) -> dict[str, float]:
-        """Seconds of each contender."""
+        """Return the median seconds of each contender."""
         return {name: self.median(name) for name in self.rounds}
 
     def added(self, name: str, base: str) -> list[float]:
-        """By how much a contender took longer than another, round by round."""
+        """Return by how many seconds a contender took longer than another, in each round."""
         return [a - b for a, b in zip(self.rounds[name], self.rounds[base], strict=True)]
 
     def ratio(self, above: str, below: str) -> Spread:
-        """Median and quartiles of the ratio of two contenders in the same round."""
+        """Return median and quartiles of the ratio of two contenders in the same round."""
         pairs = zip(self.rounds[above], self.rounds[below], strict=True)
         return spread([a / b for a, b in pairs])
 
     def ratio_of_added(self, above: str, below: str, base: str) -> Spread:
-        """Time that one contender adds to `base`, over the time that another adds.
+        """Return the time that one contender adds to `base`, over the time that another adds.
 
         The medians of the differences within a round are divided: a difference of two long steps
-        is noisy, and a ratio of two such differences has no mean. The quartiles are those of
-        `above`'s differences over the same divisor. NaN where one of the two medians is not above
-        zero: what is measured is then smaller than the noise.
+        is noisy, and a ratio of two such differences has no mean. The quartiles are those of the
+        differences of `above`, over the same divisor. The median is NaN where one of the two is not
+        above zero, because what is measured is then smaller than the noise.
         """
         unit = statistics.median(self.added(below, base))
         if unit <= 0:
@@ -66,7 +66,7 @@ class Times:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles of values, of which one is enough."""
+    """Return median and quartiles of one or more values."""
     if len(values) == 1:
         return Spread(values[0], values[0], values[0])
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -80,11 +80,18 @@ def interleaved(
     warm_up: int = WARM_UP,
     most_seconds: float = math.inf,
 ) -> Times:
-    """Time every contender in every round, after `warm_up` calls of each.
+    """Time every contender in every round.
 
-    In each round the next contender goes first. A sample is the mean over as many calls in a row
-    as the fastest contender needs to reach `SHORTEST_SAMPLE`; that number is the same for all.
-    After `most_seconds`, warming up included, no round but the first begins.
+    Each round begins with the next contender. A sample is the mean over a number of calls in a row,
+    the same for all contenders: as many as the fastest needs to reach `SHORTEST_SAMPLE`, but at
+    most `MOST_REPEATS`.
+
+    Args:
+        contenders: the work of each, by name.
+        rounds: number of rounds.
+        device: "cpu" or "cuda".
+        warm_up: number of calls of each before the first round.
+        most_seconds: seconds, warming up included, after which no round but the first begins.
     """
     began = time.perf_counter()
     for run in contenders.values():
@@ -104,7 +111,7 @@ def interleaved(
 
 
 def _sample(run: Callable[[], object], device: str, repeat: int) -> float:
-    """Seconds per call, over `repeat` calls in a row; by events on a CUDA device."""
+    """Return seconds per call over `repeat` calls in a row, measured by events on a CUDA device."""
     if device != "cuda":
         start = time.perf_counter()
         for _ in range(repeat):
@@ -112,7 +119,7 @@ def _sample(run: Callable[[], object], device: str, repeat: int) -> float:
         return (time.perf_counter() - start) / repeat
     make_event: Any = torch.cuda.Event
     begin, end = make_event(enable_timing=True), make_event(enable_timing=True)
-    torch.cuda.synchronize()  # so that nothing queued before hides what launching costs
+    torch.cuda.synchronize()  # queued work would hide the cost of launching
     begin.record()
     for _ in range(repeat):
         run()

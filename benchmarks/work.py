@@ -1,4 +1,4 @@
-"""The pieces of work that are timed."""
+"""The pieces of work that are timed, as functions without arguments."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Work = Callable[[], None]
 
 
 def read_and_backward(layer: nn.Module, grad: Tensor) -> Work:
-    """Read a layer's weight and go backward from it, as its forward and backward do.
+    """Return work that reads a layer's weight and goes backward from it, as a training step does.
 
-    The parameter has no gradient before or after.
+    The parameter has no gradient before and after, so that none is accumulated.
     """
     any_layer: Any = layer
     (parameter,) = layer.parameters()
@@ -30,7 +30,7 @@ def read_and_backward(layer: nn.Module, grad: Tensor) -> Work:
 
 
 def training_step(model: nn.Module, x: Tensor, passes: int = 1) -> Work:
-    """`passes` forwards and backwards, and one optimizer step."""
+    """Return work of `passes` forwards and backwards and one optimizer step."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
 
     def run() -> None:
@@ -43,7 +43,7 @@ def training_step(model: nn.Module, x: Tensor, passes: int = 1) -> Work:
 
 
 def move(matrix: Tensor, sigma: str, num_svs: int) -> Work:
-    """One step of an estimator on a matrix (m, n), from vectors that do not change."""
+    """Return work of one power step of an estimator on a matrix (m, n), always from the same u."""
     start = torch.randn(1, num_svs, len(matrix), device=matrix.device)
 
     def run() -> None:
@@ -53,7 +53,7 @@ def move(matrix: Tensor, sigma: str, num_svs: int) -> Work:
 
 
 def inference(model: nn.Module, x: Tensor) -> Work:
-    """One forward without gradients."""
+    """Return work of one forward without gradients."""
 
     @torch.no_grad()
     def run() -> None:
@@ -63,13 +63,13 @@ def inference(model: nn.Module, x: Tensor) -> Work:
 
 
 def matrices_of(layers: list[Any]) -> Iterator[Tensor]:
-    """The weights of layers as matrices (m, n), rows first."""
+    """Yield the weights of layers as matrices (m, n), with dimension 0 as rows."""
     for layer in layers:
         yield layer.weight.detach().flatten(1)
 
 
 def conversion(model: nn.Module) -> Work:
-    """Convert a network, and take it back."""
+    """Return work that converts a network and restores it."""
 
     def run() -> None:
         snparam.restore_model(snparam.convert_model(model, progress=False), bake=False)
