@@ -8,13 +8,13 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What the tests, and whoever builds from source, need beside the package.
+# Folders that the tests and builds from source need besides the package.
 BESIDE = ["tests", "benchmarks", "docs", "examples", ".ci"]
 SINGLE = ["README.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "pyproject.toml"]
 
 
 def files(*directories: str) -> set[str]:
-    """Return the paths of the files in directories of the tree, from its root on."""
+    """Return the paths, from the root of the tree, of all files in some of its directories."""
     found = (path for directory in directories for path in (ROOT / directory).rglob("*"))
     return {
         path.relative_to(ROOT).as_posix()
@@ -24,13 +24,17 @@ def files(*directories: str) -> set[str]:
 
 
 def only(directory: Path, pattern: str) -> Path:
-    """Return the one file of a pattern in a directory."""
+    """Return the only file in a directory that matches a pattern.
+
+    Raises:
+        ValueError: if none or several match.
+    """
     (found,) = directory.glob(pattern)
     return found
 
 
 def main(directory: Path) -> str | None:
-    """Return what is missing, or None."""
+    """Return which files the distributions lack or have in excess, in words, or None."""
     package = files("snparam")
     if "snparam/py.typed" not in package:
         return "the tree has no snparam/py.typed"

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> str | None:
-    """Return what is wrong, or None."""
+    """Return what is wrong with the installed snparam, in words, or None."""
     if Path(snparam.__file__).is_relative_to(ROOT):
         return f"{snparam.__file__} is the tree's own snparam, not an installed one"
     extras = ["numpy", "matplotlib", "hypothesis", "tqdm", "rich"]
