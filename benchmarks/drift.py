@@ -24,7 +24,7 @@ REACH = {("rayleigh-ritz", 2): 1e-3}
 
 
 def rows(setup: Setup) -> Iterator[Row]:
-    """Yield rows of each estimator's worst drift, and of its time per step over the classic one's."""
+    """Yield rows of each estimator's worst drift, and of its step's time over a classic step's."""
     steps, changing, shape = 100, (64, 48), (4096, 1024)
     if setup.quick:
         steps, changing, shape = 10, (16, 12), (20, 12)

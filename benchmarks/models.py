@@ -40,7 +40,7 @@ class Residual(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, inputs, rows, columns) to (batch, outputs, rows / stride, columns / stride)."""
+        """Map (batch, inputs, height, width) to (batch, outputs, height / stride, ...)."""
         y, last = x, len(self.convs) - 1
         for number, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             y = norm(conv(y))
@@ -108,7 +108,7 @@ def gpt2_blocks() -> nn.Module:
 
 
 def stack(depth: int, width: int = 64) -> nn.Module:
-    """Return a chain of small layers, which cost by the number of operations, not the arithmetic."""
+    """Return a chain of small layers, where the number of operations costs, not the arithmetic."""
     return nn.Sequential(*[nn.Linear(width, width) for _ in range(depth)])
 
 

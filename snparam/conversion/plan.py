@@ -86,7 +86,7 @@ class ConversionPlan(list[PlanRow]):
 
     @property
     def unknown_share(self) -> float:
-        """Share of the entries of parameters of two or more dimensions that `unknown` rows have."""
+        """Share of the entries of parameters of two or more dimensions in `unknown` rows."""
         total = sum(_sizes(self).values())
         return sum(_sizes(self.unknown).values()) / total if total else 0.0
 
