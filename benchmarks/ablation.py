@@ -145,7 +145,7 @@ def _training_steps(setup: Setup) -> Cases:
 
 
 def _updates(setup: Setup) -> Cases:
-    """Yield training steps with `update="step"`, and the update alone.
+    """Yield the cases of training steps with `update="step"`, and of the update alone.
 
     The networks have weights that are small enough for their states to be moved together.
     """

@@ -187,8 +187,8 @@ def inference(setup: Setup) -> Iterator[Row]:
 def peak_memory(setup: Setup) -> Iterator[Row]:
     """Yield the rows of memory.
 
-    They are the peak of a weight's read and backward, the peak of a training step, and what a
-    network holds after one.
+    They are the peak of reading a weight and going backward from it, the peak of a training step,
+    and what a network holds after one.
     """
     yield _memory_of_a_weight(setup)
     name, (make, shape) = list(networks_of(setup).items())[-1]

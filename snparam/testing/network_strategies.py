@@ -20,7 +20,7 @@ def networks(
     max_layers: int = 4,
     max_side: int = 6,
 ) -> st.SearchStrategy[Network]:
-    """Draw small networks on vectors, on images of one to three dimensions, and on sequences.
+    """Return a strategy for small networks on vectors, images (1 to 3 dimensions) and sequences.
 
     In some a layer is used twice, or the last layer shares its weight with the embedding.
     `example_inputs(network)` makes the inputs of `network(*inputs)`.

@@ -38,7 +38,7 @@ def weights(
     formats: Sequence[str] = FORMATS,
     max_side: int = 8,
 ) -> st.SearchStrategy[Tensor]:
-    """Draw tensors of two to five dimensions with spectra that break power iterations.
+    """Return a strategy for tensors whose spectra break power iterations.
 
     Examples shrink towards the first of each choice, the smallest shape and seed 0.
 
@@ -91,9 +91,9 @@ def layers(
     spectra: Sequence[str] = LAYER_SPECTRA,
     max_side: int = 6,
 ) -> st.SearchStrategy[nn.Module]:
-    """Draw layers of all of torch's eligible types, in all the forms that change their weights.
+    """Return a strategy for layers of torch's eligible types, in all forms that change their weights.
 
-    These are groups, biases, several recurrent layers, both directions, `proj_size`, attention with
+    The forms are groups, biases, several recurrent layers, both directions, `proj_size`, attention with
     one projection weight and with three, and channels_last convolutions. `example_inputs` makes
     inputs for a layer.
 
