@@ -12,22 +12,23 @@ from torch import nn
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _ARGUMENTS_DOC = """\
-include: module types and name patterns, one or several; only the weights inside modules that
-    match one are converted, and weights that a pattern names. A pattern is matched by whole
-    path segments from the root: `layers.1` does not match `layers.10`; `*` matches anything
-    within a segment, `**` any number of segments. None (the default) includes everything.
+include: module types and name patterns, one or several; only the weights inside modules
+    that match one are converted, and weights that a pattern names. A pattern is matched by
+    whole path segments from the root: `layers.1` does not match `layers.10`; `*` matches
+    anything within a segment, `**` any number of segments. None (the default) includes
+    everything.
 exclude: module types and name patterns of what is left alone; it wins over `include`.
 filter_fn: `filter_fn(module, qualified_name) -> bool`, called for modules with eligible
     weights; True means convert.
 preset: name of a choice of what is left alone, see docs/presets.md: "gan-discriminator",
-    "gan-generator", "keep-head", "attention", "sigma-reparam" or "sngp". `include`, `exclude`
-    and `filter_fn` leave out more. None (the default) leaves out nothing.
+    "gan-generator", "keep-head", "attention", "sigma-reparam" or "sngp". `include`,
+    `exclude` and `filter_fn` leave out more. None (the default) leaves out nothing.
 replace: whether to take over weights that are under torch's own spectral norm
-    (`parametrizations.spectral_norm` or the deprecated hook), with the same Parameter and its
-    u, instead of skipping them. Default True. Weights under any other parametrization are
-    always skipped.
-progress: a progress bar on stderr (tqdm, extra `progress`): None (the default) shows it on a
-    terminal once the work has taken two seconds, True always, False never."""
+    (`parametrizations.spectral_norm` or the deprecated hook), with the same Parameter and
+    its u, instead of skipping them. Default True. Weights under any other parametrization
+    are always skipped.
+progress: a progress bar on stderr (tqdm, extra `progress`): None (the default) shows it on
+    a terminal once the work has taken two seconds, True always, False never."""
 
 
 def documents_arguments(function: _Function) -> _Function:

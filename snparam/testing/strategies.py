@@ -91,11 +91,11 @@ def layers(
     spectra: Sequence[str] = LAYER_SPECTRA,
     max_side: int = 6,
 ) -> st.SearchStrategy[nn.Module]:
-    """Return a strategy for layers of torch's eligible types, in all forms that change their weights.
+    """Return a strategy for layers of torch's eligible types, in all forms of their weights.
 
-    The forms are groups, biases, several recurrent layers, both directions, `proj_size`, attention with
-    one projection weight and with three, and channels_last convolutions. `example_inputs` makes
-    inputs for a layer.
+    The forms are groups, biases, several recurrent layers, both directions, `proj_size`, attention
+    with one projection weight and with three, and channels_last convolutions. `example_inputs`
+    makes inputs for a layer.
 
     Args:
         types: layer types to choose from. None (the default): all of torch's eligible types.
