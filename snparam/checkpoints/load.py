@@ -82,7 +82,9 @@ def _load(
     for name, norm in list(norms_of(owner)):
         weight = NormalisedWeight(prefix[:-1], owner, name, norm)
         # With a second parametrization, the weight of a plain checkpoint is not the original.
-        if len(weight.list) == 1 and "original" in _tensors_of(weight.list):
+        if len(weight.parametrization_list) == 1 and "original" in _tensors_of(
+            weight.parametrization_list
+        ):
             _Arrival(weight, state_dict, error_msgs, assign).take_in()
     respelled = before.difference(state_dict)
     if respelled:  # torch has reported those that belong to no child of the owner
@@ -263,7 +265,7 @@ class _Arrival:
                 for tensor in self.weight.norm.state_dict(keep_vars=True):
                     self.state_dict[self._own(tensor)] = getattr(self.weight.norm, tensor)
                 return True
-            parted = self.weight.list[0] = copy.deepcopy(self.weight.norm)
+            parted = self.weight.parametrization_list[0] = copy.deepcopy(self.weight.norm)
             self.weight = replace(self.weight, norm=parted)
         if not isinstance(weight, nn.Parameter):
             weight = nn.Parameter(weight, requires_grad=original.requires_grad)

@@ -21,7 +21,7 @@ def as_ordinary(
     name, buffers = weight.tensor_name, buffers or {}
     if isinstance(weight.original, nn.Parameter):
         return Spelled(parameters={name: value}, buffers=buffers)
-    if "original" in weight.list._non_persistent_buffers_set:
+    if "original" in weight.parametrization_list._non_persistent_buffers_set:
         return Spelled(buffers=buffers)
     return Spelled(buffers={name: value, **buffers})
 

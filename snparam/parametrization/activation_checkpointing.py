@@ -30,23 +30,23 @@ class _Estimates:
     """The estimates that one run of a region used for one weight, in order, and the next to repeat.
 
     Attributes:
-        kept: each estimate, and whether σ was applied at the linear map.
+        entries: each estimate, and whether σ was applied at the linear map.
         backward: torch's number of the backward pass that recomputes the run, -1 before any.
-        next: how many reads that backward pass has repeated.
+        position: how many reads that backward pass has repeated.
     """
 
     def __init__(self) -> None:
-        self.kept: list[tuple[Estimate, bool]] = []
+        self.entries: list[tuple[Estimate, bool]] = []
         self.backward = -1
-        self.next = 0
+        self.position = 0
 
-    def again(self) -> tuple[Estimate, bool]:
+    def next_entry(self) -> tuple[Estimate, bool]:
         """Return the entry of the read that is now repeated, and advance to the next."""
         backward = torch_private.backward_pass()
         if self.backward != backward:  # a region is recomputed once for each backward pass
-            self.backward, self.next = backward, 0
-        entry = self.kept[self.next % len(self.kept)]
-        self.next += 1
+            self.backward, self.position = backward, 0
+        entry = self.entries[self.position % len(self.entries)]
+        self.position += 1
         return entry
 
 
@@ -70,12 +70,14 @@ def in_backward() -> bool:
     return torch_private.backward_pass() != -1
 
 
-def saved_by() -> Any:
+def saved_tensors_hook() -> Any:
     """Return the innermost hook that packs saved tensors: each checkpointed region has another."""
     return torch_private.innermost_saved_tensors_hook()
 
 
-def keep(state: object, estimate: Estimate, at_map: bool, known: list[Any]) -> None:
+def keep_estimate(
+    state: object, estimate: Estimate, at_map: bool, holding_regions: list[Any]
+) -> None:
     """Keep the estimate that a read used, for recomputations of the checkpointed regions around it.
 
     Args:
@@ -83,16 +85,16 @@ def keep(state: object, estimate: Estimate, at_map: bool, known: list[Any]) -> N
         estimate: the estimate that the read used.
         at_map: whether the read applied σ at the linear map, which saves other tensors for backward
             than computing the weight in use does.
-        known: the regions in which the same forward of the layer has kept it already; those that
-            keep it now are appended.
+        holding_regions: the regions in which the same forward of the layer has kept it already;
+            those that keep it now are appended.
     """
     regions = _regions()
     if regions.running:
-        _keep(regions, state, (estimate, at_map), known)
+        _keep_entry(regions, state, (estimate, at_map), holding_regions)
 
 
-def kept(
-    state: object, last: Estimate | None, at_map: bool, known: list[Any]
+def repeated_estimate(
+    state: object, last: Estimate | None, at_map: bool, holding_regions: list[Any]
 ) -> tuple[Estimate | None, bool]:
     """Return, within a recomputation, the estimate and the form that the repeated read used.
 
@@ -103,7 +105,8 @@ def kept(
         state: the SpectralNorm whose weight is read.
         last: the estimate of its last training forward, or None.
         at_map: whether σ could be applied at the linear map now.
-        known: as for `keep`: regions that are in their forward again keep the estimate once more.
+        holding_regions: as for `keep_estimate`: regions that are in their forward again keep the
+            estimate once more.
 
     Returns:
         the estimate, or None if none is known, and whether to apply σ at the linear map.
@@ -112,13 +115,13 @@ def kept(
     estimates: dict[int, _Estimates] = getattr(regions.recomputed, _ATTRIBUTE, {})
     estimate = last
     if id(state) in estimates:
-        estimate, at_map = estimates[id(state)].again()
+        estimate, at_map = estimates[id(state)].next_entry()
     if estimate is not None:
-        _keep(regions, state, (estimate, at_map), known)
+        _keep_entry(regions, state, (estimate, at_map), holding_regions)
     return estimate, at_map
 
 
-def unseen() -> AbstractContextManager[object]:
+def without_selective_checkpointing() -> AbstractContextManager[object]:
     """Return a context in which selective checkpointing neither saves nor replays operations.
 
     It replays the i-th product of a region with the result that the i-th product had in the first
@@ -170,18 +173,20 @@ def refuse_in_region(name: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _keep(regions: _Regions, state: object, entry: tuple[Estimate, bool], known: list[Any]) -> None:
+def _keep_entry(
+    regions: _Regions, state: object, entry: tuple[Estimate, bool], holding_regions: list[Any]
+) -> None:
     for region in regions.running:
-        if any(region is other for other in known):
+        if any(region is held for held in holding_regions):
             continue
-        known.append(region)
+        holding_regions.append(region)
         estimates: dict[int, _Estimates] = region.__dict__.setdefault(_ATTRIBUTE, {})
-        estimates.setdefault(id(state), _Estimates()).kept.append(entry)
+        estimates.setdefault(id(state), _Estimates()).entries.append(entry)
 
 
 def _regions() -> _Regions:
     """Return the runs around the current code, out to the first that is being recomputed."""
-    if saved_by() is None and torch.is_grad_enabled() and not in_backward():
+    if saved_tensors_hook() is None and torch.is_grad_enabled() and not in_backward():
         return _NO_REGIONS
     running: list[Any] = []
     recomputed = None

@@ -49,7 +49,7 @@ def attach(owner: nn.Module, name: str, norm: SpectralNorm) -> None:
     lists[name].unsafe = False
     lists[name]._snparam_order = order
     lists[name].register_load_state_dict_post_hook(_after_load)
-    norm.at(owner, name)
+    norm.add_owner(owner, name)
     if norm.settings.update == "step":
         watch_optimizers()
     row = layer_type(owner)
@@ -76,7 +76,7 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
     give_own_class(owner)
     norm = norm_on(owner, name)
     if norm is not None:
-        norm.left(owner, name)
+        norm.remove_owner(owner, name)
     parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
     if not persistent:
         owner._non_persistent_buffers_set.add(name)
@@ -100,7 +100,7 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
 def _after_load(parametrizations: Any, _keys: object) -> None:
     for norm in parametrizations:
         if isinstance(norm, SpectralNorm):
-            norm.loaded(parametrizations.original)
+            norm.note_loaded(parametrizations.original)
 
 
 @torch.no_grad()

@@ -28,14 +28,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if the model has no weight under SpectralNorm.
     """
-    norms = _norms(model, "frozen")
+    norms = _states_in(model, "frozen")
     for norm in norms:
-        norm.freeze(True)
+        norm.enter_frozen()
     try:
         yield
     finally:
         for norm in norms:
-            norm.freeze(False)
+            norm.leave_frozen()
 
 
 @contextmanager
@@ -52,20 +52,22 @@ def cached(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if the model has no weight under SpectralNorm.
     """
-    norms = _norms(model, "cached")
+    norms = _states_in(model, "cached")
     for norm in norms:
-        norm.share(True)
+        norm.enter_cached()
     try:
         yield
     finally:
         for norm in norms:
-            norm.share(False)
+            norm.leave_cached()
 
 
-def _norms(model: nn.Module, what: str) -> list[SpectralNorm]:
-    norms = [found.norm for found in normalised_states(model)]
+def _states_in(model: nn.Module, function: str) -> list[SpectralNorm]:
+    """Return the states of a model, or raise the error of a function that needs at least one."""
+    norms = [weight.norm for weight in normalised_states(model)]
     if not norms:
         raise ValueError(
-            f"{what}: {type(model).__name__} has no weight under SpectralNorm; convert_model first"
+            f"{function}: {type(model).__name__} has no weight under SpectralNorm; "
+            "convert_model first"
         )
     return norms

@@ -38,7 +38,7 @@ class NormalisedWeight:
         return f"{self.module_name}." if self.module_name else ""
 
     @property
-    def list(self) -> Any:
+    def parametrization_list(self) -> Any:
         """The ParametrizationList that contains the SpectralNorm."""
         lists: Any = self.owner.parametrizations
         return lists[self.tensor_name]
@@ -46,7 +46,7 @@ class NormalisedWeight:
     @property
     def original(self) -> Tensor:
         """The Parameter (or buffer) behind the weight."""
-        original: Tensor = self.list.original
+        original: Tensor = self.parametrization_list.original
         return original
 
     def __str__(self) -> str:
@@ -69,10 +69,10 @@ def normalised_weights(model: nn.Module, *, every_name: bool = False) -> Iterato
 
 def normalised_states(model: nn.Module) -> list[NormalisedWeight]:
     """Return the normalised weights of a model; of those that share a state, only the first."""
-    found: dict[int, NormalisedWeight] = {}
+    by_state: dict[int, NormalisedWeight] = {}
     for weight in normalised_weights(model):
-        found.setdefault(id(weight.norm), weight)
-    return list(found.values())
+        by_state.setdefault(id(weight.norm), weight)
+    return list(by_state.values())
 
 
 def norms_of(module: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:

@@ -34,15 +34,15 @@ def bracket_forward(owner: nn.Module) -> None:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         norms = own_norms(self)
         if is_compiling():
-            return _traced(self, norms, base, args, kwargs)
+            return _traced_forward(self, norms, base, args, kwargs)
         thread = get_ident()
-        around = [norm.enter(thread) for norm in norms]
+        outer_readings = [norm.enter_forward(thread) for norm in norms]
         try:
-            mapped = _at_the_map(self, norms, base, args, kwargs)
-            return mapped if mapped is not None else base.forward(self, *args, **kwargs)
+            output = _output_at_linear_map(self, norms, base, args, kwargs)
+            return output if output is not None else base.forward(self, *args, **kwargs)
         finally:
-            for norm, reading in zip(norms, around, strict=True):
-                norm.leave(thread, reading)
+            for norm, outer in zip(norms, outer_readings, strict=True):
+                norm.leave_forward(thread, outer)
 
     cls.forward = forward
 
@@ -53,7 +53,7 @@ def release_forward(owner: nn.Module) -> None:
         del type(owner).forward
 
 
-def _at_the_map(
+def _output_at_linear_map(
     owner: nn.Module, norms: list[SpectralNorm], base: Any, args: Any, kwargs: Any
 ) -> Tensor | None:
     """Return the output with σ applied at the linear map, or None where the weight is needed."""
@@ -77,14 +77,16 @@ def own_norms(owner: nn.Module) -> list[SpectralNorm]:
     return list({id(norm): norm for _, norm in norms_of(owner)}.values())
 
 
-def _traced(owner: nn.Module, norms: list[SpectralNorm], base: Any, args: Any, kwargs: Any) -> Any:
+def _traced_forward(
+    owner: nn.Module, norms: list[SpectralNorm], base: Any, args: Any, kwargs: Any
+) -> Any:
     # Which forward a read belongs to matters only where it moves the state, and a checkpointed
     # region in a graph may change nothing in Python: no other state begins a forward.
     moving = [norm for norm in norms if norm.moves_traced()]
     for norm in moving:
-        norm.enter_traced()
+        norm.enter_traced_forward()
     try:
         return base.forward(owner, *args, **kwargs)
     finally:
         for norm in moving:
-            norm.leave_traced()
+            norm.leave_traced_forward()

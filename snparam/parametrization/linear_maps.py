@@ -69,7 +69,7 @@ def may_be_used(owner: nn.Module, norm: SpectralNorm, x: object) -> bool:
     weight, bias = lists._parameters.get("original"), owner._parameters.get("bias")
     return (
         norm.training
-        and norm._shared is None
+        and norm._shared_reading is None
         and torch.is_grad_enabled()
         and torch_private.tracing_state() is None  # first: a tracer warns of some of the rest
         and type(x) is Tensor

@@ -52,12 +52,12 @@ from snparam.matrices.stacks import compute_dtype, is_finite, stack_of
 from snparam.matrices.views import View
 from snparam.parametrization.activation_checkpointing import (
     in_backward,
-    keep,
-    kept,
+    keep_estimate,
     refuse_in_region,
     region_around_compilation,
-    saved_by,
-    unseen,
+    repeated_estimate,
+    saved_tensors_hook,
+    without_selective_checkpointing,
 )
 from snparam.parametrization.fingerprint import Fingerprint, version_of
 from snparam.parametrization.options import Settings
@@ -66,15 +66,15 @@ from snparam.parametrization.options import Settings
 _TRANSIENT = (
     "_readings",
     "_traced_readings",
-    "_shared",
-    "_sharing",
-    "_frozen",
-    "_last",
+    "_shared_reading",
+    "_cached_depth",
+    "_frozen_depth",
+    "_last_estimate",
     "_trusted",
     "_loaded",
-    "_known",
-    "_current",
-    "_homes",
+    "_fingerprints",
+    "_kept_estimate",
+    "_owners",
     "moved_at",
     "number",
 )
@@ -163,23 +163,23 @@ class SpectralNorm(nn.Module):
             else:
                 self.register_buffer(parameter, start.clone())
         self._parameter_names = tuple(self._constraint.parameters(sigma, settings))
-        self._begin()
+        self._reset_transient()
 
-    def _begin(self) -> None:
+    def _reset_transient(self) -> None:
         """Reset the transient attributes: no forward is running, and no hook is trusted."""
         self._readings: dict[int, Reading] = {}
         self._traced_readings: list[Reading] = []
-        self._shared: Reading | None = None
-        self._sharing = 0
-        self._frozen = 0
-        self._last: Estimate | None = None
+        self._shared_reading: Reading | None = None
+        self._cached_depth = 0
+        self._frozen_depth = 0
+        self._last_estimate: Estimate | None = None
         self._trusted = False
         self._loaded = False
         # By `_placement`, because FSDP2 has a sharded and a gathered tensor for one weight.
-        self._known: dict[object, Fingerprint] = {}
-        self._current: tuple[Fingerprint, tuple[int, ...], Estimate] | None = None
+        self._fingerprints: dict[object, Fingerprint] = {}
+        self._kept_estimate: tuple[Fingerprint, tuple[int, ...], Estimate] | None = None
         # Weak references, or a model that is no longer used would wait for the garbage collector.
-        self._homes: list[tuple[ReferenceType[nn.Module], str]] = []
+        self._owners: list[tuple[ReferenceType[nn.Module], str]] = []
         self.moved_at = -1
         self.number = next(_numbers)
         if self.settings.update == "step":
@@ -195,9 +195,9 @@ class SpectralNorm(nn.Module):
         new: SpectralNorm = self.__new__(type(self))
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(self.__getstate__(), memo)
-        new._begin()
-        owners = [(home(), name) for home, name in self._homes]
-        new._homes = [(ref(memo[id(o)]), name) for o, name in owners if id(o) in memo]
+        new._reset_transient()
+        owners = [(reference(), name) for reference, name in self._owners]
+        new._owners = [(ref(memo[id(o)]), name) for o, name in owners if id(o) in memo]
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -207,46 +207,48 @@ class SpectralNorm(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore copied attributes, and reset the transient ones."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._begin()
+        self._reset_transient()
 
     def _apply(self, *args: Any, **kwargs: Any) -> SpectralNorm:
         """Move to another device or dtype; a gain keeps its dtype if the new one cannot hold it."""
-        before = {name: getattr(self, name).detach() for name in self._parameter_names}
+        parameters = {name: getattr(self, name).detach() for name in self._parameter_names}
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        self._current = self._last = None
-        for name, value in before.items():
-            now = getattr(self, name)
-            if value.dtype != now.dtype and not now.is_meta:
-                now.data = gain_in(now.dtype, value.to(now.device))
+        self._kept_estimate = self._last_estimate = None
+        for name, value in parameters.items():
+            moved = getattr(self, name)
+            if value.dtype != moved.dtype and not moved.is_meta:
+                moved.data = gain_in(moved.dtype, value.to(moved.device))
         return self
 
     # The weights that it is on
 
-    def at(self, owner: nn.Module, name: str) -> None:
+    def add_owner(self, owner: nn.Module, name: str) -> None:
         """Note that this is on the tensor `name` of a module; tied weights share one state."""
-        if not any(home() is owner and tensor == name for home, tensor in self._homes):
-            self._homes.append((ref(owner), name))
+        if not any(
+            reference() is owner and tensor_name == name for reference, tensor_name in self._owners
+        ):
+            self._owners.append((ref(owner), name))
 
-    def left(self, owner: nn.Module, name: str) -> None:
+    def remove_owner(self, owner: nn.Module, name: str) -> None:
         """Note that this was taken off the tensor `name` of a module."""
-        self._homes = [
-            (home, tensor)
-            for home, tensor in self._homes
-            if not (home() is owner and tensor == name)
+        self._owners = [
+            (reference, tensor_name)
+            for reference, tensor_name in self._owners
+            if not (reference() is owner and tensor_name == name)
         ]
 
     def originals(self) -> list[Tensor]:
         """Return the Parameters that this is on now, which wrappers may have replaced since."""
-        found = []
-        for home, name in self._homes:
-            owner = home()
+        originals = []
+        for reference, name in self._owners:
+            owner = reference()
             lists: Any = None if owner is None else owner._modules.get("parametrizations")
             parametrizations = None if lists is None else lists._modules.get(name)
             if parametrizations is not None and self in parametrizations._modules.values():
                 original = getattr(parametrizations, "original", None)
                 if original is not None:
-                    found.append(original)
-        return found
+                    originals.append(original)
+        return originals
 
     # Reading the weight
 
@@ -262,19 +264,19 @@ class SpectralNorm(nn.Module):
         """
         if is_compiling():
             return self._read_traced(weight)
-        reading = self._shared or self._readings.get(get_ident())
+        reading = self._shared_reading or self._readings.get(get_ident())
         if reading is None:
-            return self._normalised(weight, Reading())
-        is_shared = reading is self._shared
+            return self._compute_weight(weight, Reading())
+        is_shared = reading is self._shared_reading
         kind = (
             is_grad_enabled(),
-            saved_by() if is_grad_enabled() else is_inference_mode_enabled(),
+            saved_tensors_hook() if is_grad_enabled() else is_inference_mode_enabled(),
             self.training,
             is_sharded(weight) if is_shared else version_of(weight),
         )
-        made_of, value = reading.values.get(kind, (None, None))
-        if value is None or not (is_shared or made_of is weight):
-            value = self._normalised(weight, reading)
+        source, value = reading.values.get(kind, (None, None))
+        if value is None or not (is_shared or source is weight):
+            value = self._compute_weight(weight, reading)
             reading.values[kind] = weight, value
         return value
 
@@ -293,12 +295,12 @@ class SpectralNorm(nn.Module):
         """
         if isinstance(value, nn.Parameter):
             return value
-        shape, theirs = self.view.shape, tuple(value.shape)
-        what = f"SpectralNorm on {self.name} {shape}: assigned a tensor"
-        if theirs != shape:
-            raise ValueError(f"{what} of shape {theirs}; assign one of shape {shape}")
+        shape, assigned_shape = self.view.shape, tuple(value.shape)
+        message = f"SpectralNorm on {self.name} {shape}: assigned a tensor"
+        if assigned_shape != shape:
+            raise ValueError(f"{message} of shape {assigned_shape}; assign one of shape {shape}")
         if not is_finite(stack_of(value, self.view)):
-            raise ValueError(f"{what} with NaN or inf")
+            raise ValueError(f"{message} with NaN or inf")
         self.refresh(value)
         return value
 
@@ -312,27 +314,29 @@ class SpectralNorm(nn.Module):
         """
         reading = reading or Reading()
         if reading.estimate is not None:
-            # A checkpointed region may have begun since the estimate was found.
-            keep(self, reading.estimate, reading.at_map, reading.regions)
+            # A checkpointed region may have begun since the estimate was made.
+            keep_estimate(self, reading.estimate, reading.at_map, reading.regions)
             return reading.estimate
         if not self.training:
-            return self._unstored(weight)
+            return self._unstored_estimate(weight)
         if in_backward():
-            found, reading.at_map = kept(self, self._last, reading.at_map, reading.regions)
-            if found is None:
-                found = self._unstored(weight)
+            estimate, reading.at_map = repeated_estimate(
+                self, self._last_estimate, reading.at_map, reading.regions
+            )
+            if estimate is None:
+                estimate = self._unstored_estimate(weight)
         else:
             with _normal_tensors(weight):
-                found = self._found(weight)
-            keep(self, found, reading.at_map, reading.regions)
-        reading.estimate = found
-        return found
+                estimate = self._training_estimate(weight)
+            keep_estimate(self, estimate, reading.at_map, reading.regions)
+        reading.estimate = estimate
+        return estimate
 
-    def _normalised(self, weight: Tensor, reading: Reading) -> Tensor:
-        with without_autocast(weight), unseen(), _constant_shapes():
-            return self._applied(weight, self.estimate(weight, reading))
+    def _compute_weight(self, weight: Tensor, reading: Reading) -> Tensor:
+        with without_autocast(weight), without_selective_checkpointing(), _constant_shapes():
+            return self._apply_constraint(weight, self.estimate(weight, reading))
 
-    def _applied(self, weight: Tensor, estimate: Estimate) -> Tensor:
+    def _apply_constraint(self, weight: Tensor, estimate: Estimate) -> Tensor:
         # In eval mode by torch's own operations alone, because TorchScript saves no Function.
         return self._constraint.apply(
             weight, estimate, self.parameters_of_constraint, self.settings, self.view,
@@ -347,25 +351,25 @@ class SpectralNorm(nn.Module):
     # Finding estimates, and storing them
 
     @torch.no_grad()
-    def _unstored(self, weight: Tensor) -> Estimate:
+    def _unstored_estimate(self, weight: Tensor) -> Estimate:
         """Return the estimate of one step, and store nothing: eval then depends on u alone."""
         stack = stack_of(weight.detach(), self.view)
         return self._estimator.read(stack, self.u.to(stack.dtype), self.settings.eps)
 
     @torch.no_grad()
-    def _found(self, weight: Tensor) -> Estimate:
+    def _training_estimate(self, weight: Tensor) -> Estimate:
         """Return the estimate that a training forward uses, moving the state if that is due."""
         stepwise = self.settings.update == "step"
         if stepwise and self._is_up_to_date(weight):
-            found = self._stored(weight)
-        elif self._frozen:
-            found = self._unstored(weight)
+            estimate = self._stored_estimate(weight)
+        elif self._frozen_depth:
+            estimate = self._unstored_estimate(weight)
         else:
-            found = self.move(weight)
+            estimate = self.move(weight)
             if stepwise:
-                self.know(weight, found)
-        self._last = found
-        return found
+                self.note_estimate(weight, estimate)
+        self._last_estimate = estimate
+        return estimate
 
     def _is_up_to_date(self, weight: Tensor) -> bool:
         """Return whether a training forward is to divide by the stored state, without a step.
@@ -375,73 +379,73 @@ class SpectralNorm(nn.Module):
         """
         if not (self._trusted or self._loaded):
             return False
-        self._loaded = self._loaded and bool(self._frozen)
-        known = self._known.get(_placement(weight))
-        if known is None and self._known:
+        self._loaded = self._loaded and bool(self._frozen_depth)
+        fingerprint = self._fingerprints.get(_placement(weight))
+        if fingerprint is None and self._fingerprints:
             # Seen for the first time beside a known one, as FSDP2's gathered weight is: no change.
-            self._know_weight(weight)
+            self._note_weight(weight)
             return True
-        return known is not None and known.matches(weight)
+        return fingerprint is not None and fingerprint.matches(weight)
 
-    def _know_weight(self, weight: Tensor) -> None:
+    def _note_weight(self, weight: Tensor) -> None:
         # A tensor that is no Parameter was passed in (by functional_call, say), for one call.
         if isinstance(weight, nn.Parameter):
-            self._known[_placement(weight)] = Fingerprint(weight)
+            self._fingerprints[_placement(weight)] = Fingerprint(weight)
 
     @torch.no_grad()
     def move(self, weight: Tensor) -> Estimate:
         """Move the state by `num_itrs` steps on a weight, and return the estimate."""
         stack, settings = stack_of(weight.detach(), self.view), self.settings
         us = [self.u.to(stack.dtype)]
-        (found,) = self._estimator.move([stack], us, settings.num_itrs, settings.eps)
+        (estimate,) = self._estimator.move([stack], us, settings.num_itrs, settings.eps)
         for name in self._estimator.buffers:
-            self._buffers[name].copy_(getattr(found, name))  # type: ignore[union-attr]
+            self._buffers[name].copy_(getattr(estimate, name))  # type: ignore[union-attr]
         if settings.update == "step":
-            self.v.copy_(found.v)
-        return found
+            self.v.copy_(estimate.v)
+        return estimate
 
-    def know(self, weight: Tensor, found: Estimate) -> None:
-        """Note that the buffers hold the estimate that was found for a weight as it is now."""
+    def note_estimate(self, weight: Tensor, estimate: Estimate) -> None:
+        """Note that the buffers hold the estimate of a weight as it is now."""
         self._loaded = False
-        self._known.clear()
-        self._know_weight(weight)
-        self._keep_current(weight, found)
+        self._fingerprints.clear()
+        self._note_weight(weight)
+        self._keep_estimate(weight, estimate)
 
-    def trust(self, clock: int) -> None:
+    def trust_hooks(self, time: int) -> None:
         """Rely on the hooks of `update` from now on: they have moved the state, at this time."""
         self._trusted = True
-        self.moved_at = clock
+        self.moved_at = time
 
-    def knows(self, weight: Tensor) -> bool:
+    def is_current_for(self, weight: Tensor) -> bool:
         """Return whether the weight is unchanged since the state was last moved for it."""
-        known = self._known.get(_placement(weight))
-        return known is not None and known.matches(weight)
+        fingerprint = self._fingerprints.get(_placement(weight))
+        return fingerprint is not None and fingerprint.matches(weight)
 
-    def stored(self) -> tuple[Tensor, ...]:
+    def state_buffers(self) -> tuple[Tensor, ...]:
         """Return the buffers u, v and sv; with `update="step"` only, as v is missing otherwise."""
         buffers: Any = self._buffers
         return buffers["u"], buffers["v"], buffers["sv"]
 
-    def _stored(self, weight: Tensor) -> Estimate:
+    def _stored_estimate(self, weight: Tensor) -> Estimate:
         """Return the estimate in the buffers, without a step, as copies that no update changes."""
         order = self.view.order_for(weight)
-        current = self._current
-        if current is not None and current[1] == order and current[0].matches(*self.stored()):
-            return current[2]
+        kept = self._kept_estimate
+        if kept is not None and kept[1] == order and kept[0].matches(*self.state_buffers()):
+            return kept[2]
         # The buffers are new, loaded or moved, or were written to by others, to be used.
-        u, v, sv = (x.to(compute_dtype(x.dtype), copy=True) for x in self.stored())
-        if current is not None and current[1] != order:  # v has the former order of columns
+        u, v, sv = (x.to(compute_dtype(x.dtype), copy=True) for x in self.state_buffers())
+        if kept is not None and kept[1] != order:  # v has the former order of columns
             stack = stack_of(weight.detach(), self.view)
             v = right_vectors(left_product(stack, u.to(stack.dtype)), self.settings.eps)
-        found = Estimate.of(u, v, sv)
-        self._keep_current(weight, found)
-        return found
+        estimate = Estimate.of(u, v, sv)
+        self._keep_estimate(weight, estimate)
+        return estimate
 
-    def _keep_current(self, weight: Tensor, found: Estimate) -> None:
+    def _keep_estimate(self, weight: Tensor, estimate: Estimate) -> None:
         transformed = torch_private.functorch_is_active() or is_inference_mode_enabled()
         if self.settings.update == "step" and not transformed:
             order = self.view.order_for(weight)
-            self._current = Fingerprint(*self.stored()), order, found
+            self._kept_estimate = Fingerprint(*self.state_buffers()), order, estimate
 
     # In a compiled graph
 
@@ -452,28 +456,28 @@ class SpectralNorm(nn.Module):
         belongs to matters only where it moves the state.
         """
         readings = self._traced_readings
-        reading = self._shared or (readings[-1] if readings else None)
+        reading = self._shared_reading or (readings[-1] if readings else None)
         if reading is not None and is_grad_enabled() in reading.values:
             return reading.values[is_grad_enabled()][1]
         with without_autocast(weight):
             if reading is not None and reading.estimate is not None:
                 estimate = reading.estimate
             else:
-                estimate = self._found_traced(weight)
+                estimate = self._traced_estimate(weight)
             if torch.is_grad_enabled():
-                estimate = _held(estimate)
-            value = self._applied(weight, estimate)
+                estimate = _saved_for_backward(estimate)
+            value = self._apply_constraint(weight, estimate)
         if reading is not None:
             reading.estimate = estimate
             reading.values[is_grad_enabled()] = weight, value
         return value
 
-    def _found_traced(self, weight: Tensor) -> Estimate:
+    def _traced_estimate(self, weight: Tensor) -> Estimate:
         if self.moves_traced():
             return self.move(weight)
         if not (self.training and self._is_pure_traced()):
-            return self._unstored(weight)
-        if self._loaded and not self._frozen and region_around_compilation() is None:
+            return self._unstored_estimate(weight)
+        if self._loaded and not self._frozen_depth and region_around_compilation() is None:
             self._loaded = False
         # The buffers are inputs of the graph, which uses what they hold whenever it runs.
         with torch.no_grad():
@@ -493,7 +497,7 @@ class SpectralNorm(nn.Module):
         Raises:
             RuntimeError: in a checkpointed region, if `update="forward"` would move the state.
         """
-        if not self.training or self._frozen or self._is_pure_traced():
+        if not self.training or self._frozen_depth or self._is_pure_traced():
             return False
         if self.settings.update == "step":
             return region_around_compilation() is None
@@ -504,25 +508,25 @@ class SpectralNorm(nn.Module):
         """Return the reads of the forward of the layer that runs in this thread."""
         return self._readings[get_ident()]
 
-    def enter(self, thread: int) -> Reading | None:
+    def enter_forward(self, thread: int) -> Reading | None:
         """Begin a forward of the layer in a thread; return the reads of the one around it."""
-        around = self._readings.get(thread)
+        outer = self._readings.get(thread)
         self._readings[thread] = Reading()
-        return around
+        return outer
 
-    def leave(self, thread: int, around: Reading | None) -> None:
-        """End the forward that `enter` began; `around` is what `enter` returned."""
-        if around is None:
+    def leave_forward(self, thread: int, outer: Reading | None) -> None:
+        """End the forward that `enter_forward` began, which returned `outer`."""
+        if outer is None:
             self._readings.pop(thread, None)
         else:
-            self._readings[thread] = around
+            self._readings[thread] = outer
 
-    def enter_traced(self) -> None:
+    def enter_traced_forward(self) -> None:
         """Begin a forward of the layer in a graph that is being compiled."""
         self._traced_readings.append(Reading())
 
-    def leave_traced(self) -> None:
-        """End the forward that `enter_traced` began, and let go of its tensors.
+    def leave_traced_forward(self) -> None:
+        """End the forward that `enter_traced_forward` began, and let go of its tensors.
 
         Tensors that are still held where a graph ends would become outputs of it.
         """
@@ -532,45 +536,50 @@ class SpectralNorm(nn.Module):
 
     # What the rest of the package calls
 
-    def freeze(self, on: bool) -> None:
-        """Begin (`on`) or end a period in which no read moves the state; periods nest."""
-        self._frozen += 1 if on else -1
+    def enter_frozen(self) -> None:
+        """Begin a period in which no read moves the state; periods nest."""
+        self._frozen_depth += 1
 
-    def share(self, on: bool) -> None:
-        """Begin (`on`) or end a period in which all reads, in all threads, share one weight.
+    def leave_frozen(self) -> None:
+        """End a period that `enter_frozen` began."""
+        self._frozen_depth -= 1
 
-        Periods nest.
-        """
-        self._sharing += 1 if on else -1
-        if not self._sharing:
-            self._shared = None
-        elif self._shared is None:
-            self._shared = Reading()
+    def enter_cached(self) -> None:
+        """Begin a period in which all reads, in all threads, share one weight; periods nest."""
+        self._cached_depth += 1
+        if self._shared_reading is None:
+            self._shared_reading = Reading()
+
+    def leave_cached(self) -> None:
+        """End a period that `enter_cached` began."""
+        self._cached_depth -= 1
+        if not self._cached_depth:
+            self._shared_reading = None
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
         """Converge the state to the singular vectors and values of a weight, in place."""
         u, _ = self._estimator.start(stack_of(weight.detach(), self.view), self.u.shape[1])
         self.u.copy_(u)
-        self._last = None
-        found = self.move(weight)
+        self._last_estimate = None
+        estimate = self.move(weight)
         if self.settings.update == "step":
-            self.know(weight, found)
+            self.note_estimate(weight, estimate)
 
     @torch.no_grad()
-    def loaded(self, weight: Tensor) -> None:
+    def note_loaded(self, weight: Tensor) -> None:
         """Take u and sv for the state of the weight, as a load has left all three."""
-        self._current = self._last = None
-        self._known.clear()
+        self._kept_estimate = self._last_estimate = None
+        self._fingerprints.clear()
         self._trusted = False
         if self.settings.update == "step":
             self._loaded = True
             stack = stack_of(weight.detach(), self.view)
             v = right_vectors(left_product(stack, self.u.to(stack.dtype)), self.settings.eps)
-            self._keep_v(v)
-            self._know_weight(weight)
+            self._write_v(v)
+            self._note_weight(weight)
 
-    def _keep_v(self, v: Tensor) -> None:
+    def _write_v(self, v: Tensor) -> None:
         if self.v.dtype == self.u.dtype and self.v.device == self.u.device:
             self.v.copy_(v)
         else:  # loading with assign=True may have given u another device or dtype
@@ -589,7 +598,7 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def sigma_of(self, weight: Tensor) -> Tensor:
         """Return the σ₁ (b,) that a forward in eval mode divides by; nothing is stored."""
-        return self._unstored(weight).sigma.reshape(-1).to(self.sv.dtype)
+        return self._unstored_estimate(weight).sigma.reshape(-1).to(self.sv.dtype)
 
     def promised_norm(self, sigma: Tensor) -> Tensor:
         """Return the norm (b,) that the constraint promises the weight in use, given its σ (b,)."""
@@ -601,14 +610,14 @@ class SpectralNorm(nn.Module):
     def extra_repr(self) -> str:
         """Return the options and the shape (b, m, n) of the matrices, for printing."""
         default = Settings()
-        given = [
+        options = [
             f"{field.name}={getattr(self.settings, field.name)!r}"
             for field in fields(Settings)
             if field.name not in ("num_svs", "num_itrs")
             and getattr(self.settings, field.name) != getattr(default, field.name)
         ]
         tracked = [f"num_svs={self.u.shape[1]}", f"num_itrs={self.settings.num_itrs}"]
-        return ", ".join([*tracked, *given, f"matrices={tuple(self.view.matrices)}"])
+        return ", ".join([*tracked, *options, f"matrices={tuple(self.view.matrices)}"])
 
 
 def _placement(weight: Any) -> object:
@@ -657,7 +666,7 @@ for _field in fields(Settings):
         setattr(SpectralNorm, _field.name, _option(_field.name))
 
 
-def _held(estimate: Estimate) -> Estimate:
+def _saved_for_backward(estimate: Estimate) -> Estimate:
     """Return the first vectors and σ₁ of an estimate such that a compiler saves them for backward.
 
     A compiler prefers to recompute cheap operations in the backward pass, here a step, from the
@@ -665,7 +674,7 @@ def _held(estimate: Estimate) -> Estimate:
     concatenations it always saves.
     """
     u, v, sigma = estimate.u[:, 0], estimate.v[:, 0], estimate.sigma
-    both = torch.cat([u, v, sigma.reshape(-1, 1).to(u.dtype)], 1)
+    saved = torch.cat([u, v, sigma.reshape(-1, 1).to(u.dtype)], 1)
     rows = u.shape[1]
-    u, v, kept_sigma = both[:, None, :rows], both[:, None, rows:-1], both[:, -1].real
-    return Estimate(u, v, estimate.sv, kept_sigma.reshape(sigma.shape))
+    u, v, saved_sigma = saved[:, None, :rows], saved[:, None, rows:-1], saved[:, -1].real
+    return Estimate(u, v, estimate.sv, saved_sigma.reshape(sigma.shape))

@@ -39,7 +39,7 @@ _ELSEWHERE = 1 << 21
 
 # The time at which each optimizer began its step, by a clock that counts, and the handles of the
 # hooks. They are global because torch's optimizers do not know the modules that they train.
-_began: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+_step_starts: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 _clock = count()
 _handles: list[object] = []
 
@@ -49,9 +49,9 @@ def watch_optimizers() -> None:
     if not _handles:
         # A compiled optimizer step leaves its graph for the hooks.
         disable: Any = torch.compiler.disable
-        before, after = disable(_before_step), disable(_after_step)
-        _handles.append(register_optimizer_step_pre_hook(before))
-        _handles.append(register_optimizer_step_post_hook(after))
+        pre_hook, post_hook = disable(_before_step), disable(_after_step)
+        _handles.append(register_optimizer_step_pre_hook(pre_hook))
+        _handles.append(register_optimizer_step_post_hook(post_hook))
 
 
 def update(model: nn.Module) -> None:
@@ -66,35 +66,35 @@ def update(model: nn.Module) -> None:
     Raises:
         ValueError: if the model has no weight registered with `update="step"`.
     """
-    found = [
+    pairs = [
         (weight.norm, weight.original)
         for weight in normalised_states(model)
         if weight.norm.settings.update == "step"
     ]
-    if not found:
+    if not pairs:
         raise ValueError(
             f"{type(model).__name__} has no weight registered with update='step'; "
             "convert_model(model, update='step') first"
         )
-    _move_all(found)
+    _move_all(pairs)
 
 
 def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     if STEPWISE:
-        _began[optimizer] = next(_clock)
+        _step_starts[optimizer] = next(_clock)
 
 
 def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     if not STEPWISE:
         return
-    began = _began.pop(optimizer, -1)
+    start = _step_starts.pop(optimizer, -1)
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     due = []
     for norm in list(STEPWISE):
-        original = next((one for one in norm.originals() if id(one) in stepped), None)
+        original = next((p for p in norm.originals() if id(p) in stepped), None)
         # Optimizers nest: a state that an inner one has moved in this step is up to date, unless
         # its weight has changed since.
-        if original is not None and not (norm.moved_at > began and norm.knows(original)):
+        if original is not None and not (norm.moved_at > start and norm.is_current_for(original)):
             due.append((norm, original))
     _move_all(due)
 
@@ -104,15 +104,15 @@ def _move_all(pairs: Iterable[tuple[SpectralNorm, Tensor]]) -> None:
     """Move states on their weights, one group after another, and let them trust the hooks."""
     groups: dict[Hashable, list[tuple[SpectralNorm, Tensor]]] = {}
     for norm, weight in sorted(pairs, key=lambda pair: pair[0].number):
-        groups.setdefault(_company(norm, weight), []).append((norm, weight))
+        groups.setdefault(_group_key(norm, weight), []).append((norm, weight))
     now = next(_clock)
     for group in groups.values():
         _move_together(group)
         for norm, _ in group:
-            norm.trust(now)
+            norm.trust_hooks(now)
 
 
-def _company(norm: SpectralNorm, weight: Tensor) -> Hashable:
+def _group_key(norm: SpectralNorm, weight: Tensor) -> Hashable:
     """Return a key by which states are grouped: those with equal keys are moved together."""
     settings = norm.settings
     common = (weight.dtype, weight.device, settings.num_itrs, settings.eps, settings.sigma)
@@ -130,12 +130,12 @@ def _move_together(group: list[tuple[SpectralNorm, Tensor]]) -> None:
     with without_autocast(weight):
         stacks = [stack_of(weight.detach(), norm.view) for norm, weight in group]
         us = [norm.u.to(stack.dtype) for (norm, _), stack in zip(group, stacks, strict=True)]
-        found = ESTIMATORS[settings.sigma].move(stacks, us, settings.num_itrs, settings.eps)
+        estimates = ESTIMATORS[settings.sigma].move(stacks, us, settings.num_itrs, settings.eps)
         buffers: list[Tensor] = []
         values: list[Tensor] = []
-        for (norm, _), estimate in zip(group, found, strict=True):
-            buffers += norm.stored()
+        for (norm, _), estimate in zip(group, estimates, strict=True):
+            buffers += norm.state_buffers()
             values += estimate[:3]
         torch_private.copy_each(buffers, values)
-        for (norm, weight), estimate in zip(group, found, strict=True):
-            norm.know(weight, estimate)
+        for (norm, weight), estimate in zip(group, estimates, strict=True):
+            norm.note_estimate(weight, estimate)
