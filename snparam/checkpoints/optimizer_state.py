@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from snparam.parametrization.baking import check_alone
 from snparam.parametrization.find import norms_of
 from snparam.parametrization.gains import gain_parameters
+from snparam.parametrization.order import in_order, recorded_order
 
 
 def optimizer_state_dict_for(
@@ -179,9 +180,8 @@ def _plain_parameters(
     for name in ours:
         check_alone(module, name)
         own[name] = lists[name].original
-    order = lists[ours[0]]._snparam_order if ours else ()
-    known = {name: place for place, name in enumerate(order)}
-    for name in sorted(own, key=lambda name: known.get(name, len(known))):
+    order = recorded_order(lists[ours[0]]) if ours else ()
+    for name in in_order(own, order):
         if isinstance(own[name], nn.Parameter):
             yield prefix + name, own[name]
     for name, child in module._modules.items():

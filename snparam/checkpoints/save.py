@@ -12,6 +12,7 @@ from snparam.checkpoints.spellings.plain import Plain
 from snparam.parametrization.baking import check_alone
 from snparam.parametrization.extensions import SPELLINGS, Spelled
 from snparam.parametrization.find import NormalisedWeight, normalised_weights
+from snparam.parametrization.order import in_order, recorded_order
 
 
 def plain_state_dict(model: nn.Module, bake: bool = True) -> dict[str, Any]:
@@ -115,19 +116,17 @@ def _own_part(
 ) -> dict[str, Any]:
     """Return an owner's parameters and buffers by key, in the order of the ordinary module."""
     owner = spelled[0][0].owner
-    lists: Any = owner.parametrizations
-    # Lists that torch's `transfer_parametrizations_and_params` has made have no order.
-    order = getattr(lists[spelled[0][0].tensor_name], "_snparam_order", ())
+    order = recorded_order(spelled[0][0].parametrization_list)
     parameters = {n: source[prefix + n] for n in owner._parameters if prefix + n in source}
     buffers = {n: source[prefix + n] for n in owner._buffers if prefix + n in source}
     for _, local in spelled:
         parameters |= local.parameters
         buffers |= local.buffers
-    found = {}
+    entries = {}
     for tensors in (parameters, buffers):
-        for name in sorted(tensors, key=lambda n: order.index(n) if n in order else len(order)):
-            found[prefix + name] = tensors[name]
-    return found
+        for name in in_order(tensors, order):
+            entries[prefix + name] = tensors[name]
+    return entries
 
 
 def _metadata(source: dict[str, Any], spelled: _Owners) -> dict[str, Any]:

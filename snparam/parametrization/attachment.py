@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from snparam.parametrization.classes import give_own_class
 from snparam.parametrization.extensions import SYSTEMS
 from snparam.parametrization.find import has_norms, norm_on, norms_of
 from snparam.parametrization.forwards import bracket_forward, release_forward
+from snparam.parametrization.order import ordinary_order, record_order, recorded_order, sort_table
 from snparam.parametrization.spectral_norm import SpectralNorm
 from snparam.parametrization.update import watch_optimizers
 
@@ -27,8 +27,7 @@ def attach(owner: nn.Module, name: str, norm: SpectralNorm) -> None:
         name: name of the tensor in it.
         norm: a SpectralNorm with the state of this tensor; tied weights share one.
     """
-    names = (*owner._parameters, *owner._buffers)
-    order = next((p._snparam_order for p in _lists(owner)), names)
+    order = ordinary_order(owner)
     # Stand-ins are registered first: a plain module for the SpectralNorm, because registration
     # would call its right_inverse, which converges the state anew, and its forward, which moves it;
     # an empty Parameter for the tensor, because registration would set the tensor to itself, which
@@ -47,8 +46,8 @@ def attach(owner: nn.Module, name: str, norm: SpectralNorm) -> None:
         lists[name]._non_persistent_buffers_set.add("original")
     lists[name][0] = norm.train(owner.training)
     lists[name].unsafe = False
-    lists[name]._snparam_order = order
-    lists[name].register_load_state_dict_post_hook(_after_load)
+    record_order(lists[name], order)
+    lists[name].register_load_state_dict_post_hook(_note_load)
     norm.add_owner(owner, name)
     if norm.settings.update == "step":
         watch_optimizers()
@@ -70,7 +69,7 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
         value: written into the original, of its shape; None leaves the original's values.
     """
     lists: Any = owner.parametrizations
-    order = getattr(lists[name], "_snparam_order", ())  # lists that torch transfers lack it
+    order = recorded_order(lists[name])
     original = lists[name].original
     persistent = "original" not in lists[name]._non_persistent_buffers_set
     give_own_class(owner)
@@ -83,10 +82,8 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
     if value is not None:
         with torch.no_grad():
             original.copy_(value)
-    tables: list[dict[str, Any]] = [owner._parameters, owner._buffers]
-    for tensors in tables:
-        for tensor in sorted(tensors, key=lambda n: order.index(n) if n in order else len(order)):
-            tensors[tensor] = tensors.pop(tensor)
+    for table in (owner._parameters, owner._buffers):
+        sort_table(table, order)
     if not parametrize.is_parametrized(owner):
         row = layer_type(owner)
         if row is not None and row.restored is not None:
@@ -97,24 +94,24 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
             system.on_detach(owner)
 
 
-def _after_load(parametrizations: Any, _keys: object) -> None:
-    for norm in parametrizations:
+def _note_load(parametrization_list: Any, _incompatible_keys: object) -> None:
+    for norm in parametrization_list:
         if isinstance(norm, SpectralNorm):
-            norm.note_loaded(parametrizations.original)
+            norm.note_loaded(parametrization_list.original)
 
 
 @torch.no_grad()
 def read_as_eval(owner: nn.Module, name: str) -> Tensor:
     """Return the weight that an eval forward would use, in any mode; no state moves."""
     lists: Any = owner.parametrizations
-    modes = [(part, part.training) for part in lists[name]]
+    modes = [(parametrization, parametrization.training) for parametrization in lists[name]]
     try:
-        for part, _ in modes:
-            part.training = False
+        for parametrization, _ in modes:
+            parametrization.training = False
         value: Tensor = lists[name]()
     finally:
-        for part, mode in modes:
-            part.training = mode
+        for parametrization, mode in modes:
+            parametrization.training = mode
     return value
 
 
@@ -139,11 +136,3 @@ def weight_in_use(module: nn.Module, name: str = "weight") -> Tensor:
             + (f"it has {names}" if names else "it has none")
         )
     return read_as_eval(module, name).detach()
-
-
-def _lists(owner: nn.Module) -> Iterator[Any]:
-    """Yield the ParametrizationLists that `attach` has made on a module."""
-    lists: Any = owner._modules.get("parametrizations")
-    for parametrizations in lists.values() if isinstance(lists, nn.ModuleDict) else ():
-        if hasattr(parametrizations, "_snparam_order"):
-            yield parametrizations

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from snparam.parametrization.find import norms_of
+from snparam.parametrization.find import norms_of, qualified_name
 from snparam.parametrization.spectral_norm import SpectralNorm
 
 
@@ -28,12 +28,12 @@ def check_alone(owner: nn.Module, name: str) -> None:
         )
 
 
-def check_shared(model: nn.Module, within: nn.Module | None = None) -> None:
+def check_shared(model: nn.Module, module: nn.Module | None = None) -> None:
     """Refuse to bake a weight whose Parameter another module uses as an ordinary weight.
 
     Args:
         model: the model whose modules are searched for such a use.
-        within: the module whose normalised weights are checked; None (the default) for those of the
+        module: the module whose normalised weights are checked; None (the default) for those of the
             whole model.
 
     Raises:
@@ -41,17 +41,17 @@ def check_shared(model: nn.Module, within: nn.Module | None = None) -> None:
     """
     normalised = {}
     for name, owner in model.named_modules():
-        if within is None or owner is within:
+        if module is None or owner is module:
             lists: Any = owner._modules.get("parametrizations")
             for tensor, norm in norms_of(owner):
                 original = lists[tensor].original
-                normalised[id(original)] = (_join(name, tensor), tuple(norm.view.shape))
-    for weight, key in _plain_uses(model):
-        if key in normalised:
-            ours, shape = normalised[key]
+                normalised[id(original)] = (qualified_name(name, tensor), tuple(norm.view.shape))
+    for name, identity in _plain_uses(model):
+        if identity in normalised:
+            normalised_name, shape = normalised[identity]
             raise ValueError(
-                f"SpectralNorm on '{ours}' {shape}: it is shared with '{weight}', which uses it as "
-                "it is, and one tensor cannot be both; pass bake=False, or convert both."
+                f"SpectralNorm on '{normalised_name}' {shape}: it is shared with '{name}', which "
+                "uses it as it is, and one tensor cannot be both; pass bake=False, or convert both."
             )
 
 
@@ -61,8 +61,4 @@ def _plain_uses(model: nn.Module) -> Iterator[tuple[str, int]]:
         if not isinstance(module, ParametrizationList):
             for tensor, parameter in module._parameters.items():
                 if parameter is not None:
-                    yield _join(name, tensor), id(parameter)
-
-
-def _join(name: str, tensor: str) -> str:
-    return f"{name}.{tensor}" if name else tensor
+                    yield qualified_name(name, tensor), id(parameter)

@@ -25,43 +25,43 @@ def give_own_class(owner: nn.Module) -> None:
     """
     if parametrize.is_parametrized(owner):
         cls = type(owner)
-        own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-        owner.__class__ = type(cls.__name__, cls.__bases__, own)
+        attributes = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        owner.__class__ = type(cls.__name__, cls.__bases__, attributes)
 
 
-def wrap(cls: type, name: str, around: Callable[..., Any]) -> None:
+def wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
     """Run a method of a class within a function; wrapping it in the same function again is a no-op.
 
     Args:
         cls: the class; a method with the same signature and documentation is defined in it.
         name: name of the method, which the class defines or inherits.
-        around: the function; it is called as `around(method, module, *args, **kwargs)`, and has to
-            call the method itself.
+        wrapper: the function; it is called as `wrapper(method, module, *args, **kwargs)`, and has
+            to call the method itself.
     """
-    if around in _arounds(vars(cls).get(name)):
+    if wrapper in _wrappers(vars(cls).get(name)):
         return
     method = getattr(cls, name)
 
     @functools.wraps(method)
-    def within(module: Any, *args: Any, **kwargs: Any) -> Any:
-        return around(method, module, *args, **kwargs)
+    def wrapped(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(method, module, *args, **kwargs)
 
-    within._snparam_around = around  # type: ignore[attr-defined]
-    within._snparam_own = name in vars(cls)  # type: ignore[attr-defined]
-    setattr(cls, name, within)
+    wrapped._snparam_wrapper = wrapper  # type: ignore[attr-defined]
+    wrapped._snparam_defined = name in vars(cls)  # type: ignore[attr-defined]
+    setattr(cls, name, wrapped)
 
 
-def unwrap(cls: type, name: str, around: Callable[..., Any]) -> None:
+def unwrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
     """Undo `wrap`, if it was called on this class and not on a base of it alone."""
-    kept = []
-    while around in _arounds(vars(cls).get(name)):
-        within: Any = vars(cls)[name]
-        kept.append(within._snparam_around)
-        if within._snparam_own:
-            setattr(cls, name, within.__wrapped__)
+    removed = []
+    while wrapper in _wrappers(vars(cls).get(name)):
+        wrapped: Any = vars(cls)[name]
+        removed.append(wrapped._snparam_wrapper)
+        if wrapped._snparam_defined:
+            setattr(cls, name, wrapped.__wrapped__)
         else:
             delattr(cls, name)
-    for other in reversed(kept[:-1]):
+    for other in reversed(removed[:-1]):
         wrap(cls, name, other)
 
 
@@ -70,10 +70,10 @@ def definitions(cls: type, name: str) -> Iterator[type]:
     return (base for base in cls.__mro__ if isinstance(vars(base).get(name), FunctionType))
 
 
-def _arounds(method: Any) -> list[Callable[..., Any]]:
+def _wrappers(method: Any) -> list[Callable[..., Any]]:
     """Return the functions that a method runs within, outermost first."""
-    found = []
-    while hasattr(method, "_snparam_around"):
-        found.append(method._snparam_around)
+    wrappers = []
+    while hasattr(method, "_snparam_wrapper"):
+        wrappers.append(method._snparam_wrapper)
         method = method.__wrapped__
-    return found
+    return wrappers

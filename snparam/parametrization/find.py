@@ -30,7 +30,7 @@ class NormalisedWeight:
     @property
     def name(self) -> str:
         """Qualified name of the weight."""
-        return self.prefix + self.tensor_name
+        return qualified_name(self.module_name, self.tensor_name)
 
     @property
     def prefix(self) -> str:
@@ -52,6 +52,11 @@ class NormalisedWeight:
     def __str__(self) -> str:
         """Return the qualified name and the shape, as errors show them."""
         return f"'{self.name}' {self.norm.view.shape}"
+
+
+def qualified_name(module_name: str, name: str) -> str:
+    """Return the qualified name of what has a name in a module, "" being the name of the root."""
+    return f"{module_name}.{name}" if module_name else name
 
 
 def normalised_weights(model: nn.Module, *, every_name: bool = False) -> Iterator[NormalisedWeight]:

@@ -27,8 +27,10 @@ class Fingerprint:
 
     def matches(self, *tensors: Tensor) -> bool:
         """Return whether these are the same tensors, unchanged since the fingerprint was taken."""
-        same = all(one is other for one, other in zip(self._tensors, tensors, strict=True))
-        return same and tuple(map(version_of, tensors)) == self._versions
+        are_same = all(
+            tensor is other for tensor, other in zip(self._tensors, tensors, strict=True)
+        )
+        return are_same and tuple(map(version_of, tensors)) == self._versions
 
 
 def version_of(tensor: Tensor) -> int | None:

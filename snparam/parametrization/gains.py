@@ -35,9 +35,9 @@ def gain_parameters(model: nn.Module) -> list[nn.Parameter]:
         The Parameters γ, each (b,); an empty list if nothing was converted with `gain="learned"`.
     """
     gains: list[Any] = [
-        found.norm.gain
-        for found in normalised_states(model)
-        if found.norm.settings.gain == "learned"
+        weight.norm.gain
+        for weight in normalised_states(model)
+        if weight.norm.settings.gain == "learned"
     ]
     return gains
 
@@ -67,15 +67,15 @@ def parameter_groups(model: nn.Module, **for_gains: Any) -> list[dict[str, Any]]
             f"{type(model).__name__} has no learned gain; "
             "convert_model(model, gain='learned') first"
         )
-    known = {id(gain) for gain in gains}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    gain_ids = {id(gain) for gain in gains}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in gain_ids]
     return [{"params": others}, {"params": gains, **for_gains}]
 
 
 # The states whose gain no optimizer has been seen to train: for each, the module and the tensor
 # that it is on, and the optimizers that have stepped the weight once without the gain. `_settled`
 # has those that are no longer watched: trained, frozen, removed, or warned about.
-_unseen: WeakKeyDictionary[SpectralNorm, tuple[ref[nn.Module], str, WeakSet[Optimizer]]] = (
+_watched: WeakKeyDictionary[SpectralNorm, tuple[ref[nn.Module], str, WeakSet[Optimizer]]] = (
     WeakKeyDictionary()
 )
 _settled: WeakSet[SpectralNorm] = WeakSet()
@@ -85,9 +85,9 @@ _handles: list[object] = []
 class _WatchedGains(System):
     def on_attach(self, owner: nn.Module) -> None:
         for name, norm in norms_of(owner):
-            if norm.settings.gain == "learned" and norm not in _settled and norm not in _unseen:
-                _unseen[norm] = ref(owner), name, WeakSet()
-        if _unseen and not _handles:
+            if norm.settings.gain == "learned" and norm not in _settled and norm not in _watched:
+                _watched[norm] = ref(owner), name, WeakSet()
+        if _watched and not _handles:
             # A compiled optimizer step leaves its graph for the hook.
             disable: Any = torch.compiler.disable
             _handles.append(register_optimizer_step_pre_hook(disable(_before_step)))
@@ -101,11 +101,11 @@ def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
 
     The first step is too early: the gains may be in another optimizer, which steps after this one.
     """
-    if not _unseen:
+    if not _watched:
         return
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     untrained = []
-    for norm, (owner_ref, name, optimizers) in list(_unseen.items()):
+    for norm, (owner_ref, name, optimizers) in list(_watched.items()):
         owner: Any = owner_ref()
         removed = owner is None or norm_on(owner, name) is not norm
         if removed or id(norm.gain) in trained or not norm.gain.requires_grad:
@@ -133,5 +133,5 @@ def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
 
 
 def _settle(norm: SpectralNorm) -> None:
-    del _unseen[norm]
+    del _watched[norm]
     _settled.add(norm)

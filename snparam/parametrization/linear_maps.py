@@ -137,13 +137,15 @@ class _LinearMap(torch.autograd.Function):
         ctx.slope, ctx.view, ctx.geometry = divisor.slope if slope is None else None, view, geometry
         ctx.save_for_backward(x, weight, bias, numerator, divisor.value, slope, u, v)
         scale = _scale(divisor)
-        if _needs_the_weight(scale, weight):
-            used = divide(weight, divisor, u[None], v[None], view, plain=True)
-            return _mapped(x, used, bias, geometry)
+        if _needs_weight_in_use(scale, weight):
+            weight_in_use = divide(weight, divisor, u[None], v[None], view, plain=True)
+            return _apply_map(x, weight_in_use, bias, geometry)
         if geometry is not None:
-            return _convolved(x, weight, bias, scale, geometry)
+            return _convolve(x, weight, bias, scale, geometry)
         out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-        _product(x.reshape(-1, x.shape[-1]), weight.t(), scale, out.view(-1, len(weight)), bias)
+        _write_product(
+            x.reshape(-1, x.shape[-1]), weight.t(), scale, out.view(-1, len(weight)), bias
+        )
         return out
 
     @staticmethod
@@ -154,13 +156,15 @@ class _LinearMap(torch.autograd.Function):
         if (
             torch.is_grad_enabled()
             or is_batched(grad)
-            or _needs_the_weight(_scale(divisor), weight)
+            or _needs_weight_in_use(_scale(divisor), weight)
         ):
             inputs = (x, weight, bias, numerator)
-            found = _ordinary_gradients(inputs, divisor, u, v, ctx.view, ctx.geometry, needed, grad)
+            gradients = _ordinary_gradients(
+                inputs, divisor, u, v, ctx.view, ctx.geometry, needed, grad
+            )
         else:
-            found = _gradients(x, weight, divisor, u, v, ctx.view, ctx.geometry, needed, grad)
-        return (*found, None, None, None, None, None)
+            gradients = _gradients(x, weight, divisor, u, v, ctx.view, ctx.geometry, needed, grad)
+        return (*gradients, None, None, None, None, None)
 
 
 def _scale(divisor: Divisor) -> Tensor:
@@ -188,49 +192,50 @@ def _gradients(
     ⟨s (g ⋆ W), x⟩; the one over fewer entries is computed.
     """
     scale = _scale(divisor)
-    into_x = into_weight = into_bias = into_numerator = None
+    grad_x = grad_weight = grad_bias = grad_numerator = None
     needs_map = needed[1] or needed[3]
-    # The gradient for γ needs ⟨G, W⟩, without s. Then `_less` scales G in its rank-one update,
+    # The gradient for γ needs ⟨G, W⟩, without s. Then `_subtract_rank_one` scales G in its update,
     # which takes no further pass on a CPU.
     scaled = not needed[3]
     if geometry is None:
         g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         if needed[0]:
-            into_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-            _product(g, weight, scale, into_x.view(rows.shape))
+            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+            _write_product(g, weight, scale, grad_x.view(rows.shape))
         if needs_map:
-            into_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
             factor = scale if scaled else torch.ones_like(scale)
-            _product(g.t(), rows, factor, into_weight)
+            _write_product(g.t(), rows, factor, grad_weight)
         if needed[2]:
-            into_bias = g.sum(0)
+            grad_bias = g.sum(0)
     else:
-        into_x, into_weight, scaled = _convolution_gradients(
+        grad_x, grad_weight, scaled = _convolution_gradients(
             x, weight, scale, geometry, (needed[0], needs_map), grad, scaled
         )
         if needed[2]:
-            into_bias = grad.sum([0, *range(2, grad.ndim)])
-    if into_weight is not None:
-        at_x = scaled and into_x is not None and into_x.numel() < weight.numel()
-        inner = _inner(into_x, x) if at_x else _inner(into_weight, weight)  # type: ignore[arg-type]
-        along = inner / divisor.value  # ⟨s G, W⟩/d if scaled, else ⟨G, W⟩/d
+            grad_bias = grad.sum([0, *range(2, grad.ndim)])
+    if grad_weight is not None:
+        uses_x = scaled and grad_x is not None and grad_x.numel() < weight.numel()
+        pair: Any = (grad_x, x) if uses_x else (grad_weight, weight)
+        inner_over_d = _inner_product(*pair) / divisor.value  # ⟨s G, W⟩/d if scaled, else ⟨G, W⟩/d
         if scaled:
-            into_weight = _less(into_weight, weight, u, v, None, along * divisor.slope, view)
+            rate = inner_over_d * divisor.slope
+            grad_weight = _subtract_rank_one(grad_weight, weight, u, v, None, rate, view)
         else:
-            into_numerator = along.reshape(-1)
-            rate = along * scale * divisor.slope
-            into_weight = _less(into_weight, weight, u, v, scale, rate, view)
-    if divisor.numerator is not None and into_numerator is not None:
-        into_numerator = into_numerator.to(divisor.numerator.dtype)
+            grad_numerator = inner_over_d.reshape(-1)
+            rate = inner_over_d * scale * divisor.slope
+            grad_weight = _subtract_rank_one(grad_weight, weight, u, v, scale, rate, view)
+    if divisor.numerator is not None and grad_numerator is not None:
+        grad_numerator = grad_numerator.to(divisor.numerator.dtype)
     return (
-        into_x,
-        into_weight if needed[1] else None,
-        into_bias,
-        into_numerator if needed[3] else None,
+        grad_x,
+        grad_weight if needed[1] else None,
+        grad_bias,
+        grad_numerator if needed[3] else None,
     )
 
 
-def _less(
+def _subtract_rank_one(
     g: Tensor, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor | None, rate: Tensor, view: Any
 ) -> Tensor:
     """Return scale · G − rate · u vᵀ, written into G if its memory is laid out as the weight's."""
@@ -245,11 +250,11 @@ def _less(
         if scale is not None:
             matrix = matrix.mul_(scale)
         combined = rank_one_update(matrix[None], u[None], v[None], None, rate)
-    found: Tensor = view.from_matrices(combined, like=weight)
-    return found
+    difference: Tensor = view.from_matrices(combined, like=weight)
+    return difference
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
+def _inner_product(a: Tensor, b: Tensor) -> Tensor:
     """Return the inner product ⟨A, B⟩ of two tensors of one shape, whatever their strides."""
     if a.stride() != b.stride():
         a, b = a.contiguous(), b.contiguous()
@@ -259,7 +264,9 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
-def _product(a: Tensor, b: Tensor, scale: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+def _write_product(
+    a: Tensor, b: Tensor, scale: Tensor, out: Tensor, bias: Tensor | None = None
+) -> None:
     """Write scale · A B + b to `out`.
 
     On a CPU the scale is the product's alpha. Elsewhere reading it as a number would wait for the
@@ -283,7 +290,7 @@ def _product(a: Tensor, b: Tensor, scale: Tensor, out: Tensor, bias: Tensor | No
         torch.addmm(bias, a, b, out=out)
 
 
-def _needs_the_weight(scale: Tensor, weight: Tensor) -> bool:
+def _needs_weight_in_use(scale: Tensor, weight: Tensor) -> bool:
     """Return whether γ/d is so far from 1 that x ⋆ W, or x · γ/d, may leave the dtype's range.
 
     W · γ/d stays within it. On an accelerator this is False without a look at the number, because
@@ -295,18 +302,20 @@ def _needs_the_weight(scale: Tensor, weight: Tensor) -> bool:
     return not info.tiny**0.75 <= abs(scale.item()) <= info.max
 
 
-def _mapped(
-    x: Tensor, used: Tensor, bias: Tensor | None, geometry: tuple[Any, ...] | None
+def _apply_map(
+    x: Tensor, weight_in_use: Tensor, bias: Tensor | None, geometry: tuple[Any, ...] | None
 ) -> Tensor:
     """Return x ⋆ W + b for the weight W in use, as the ordinary layer computes it."""
     if geometry is None:
         # For one vector `F.linear` returns a view, which a Function may not return unchanged.
-        return F.linear(x.reshape(-1, x.shape[-1]), used, bias).reshape(*x.shape[:-1], len(used))
+        return F.linear(x.reshape(-1, x.shape[-1]), weight_in_use, bias).reshape(
+            *x.shape[:-1], len(weight_in_use)
+        )
     convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
-    return convolve(x, used, bias, *geometry)  # type: ignore[no-any-return]
+    return convolve(x, weight_in_use, bias, *geometry)  # type: ignore[no-any-return]
 
 
-def _convolved(
+def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, geometry: tuple[Any, ...]
 ) -> Tensor:
     """Return scale · (x ⋆ W) + b, with the scale at the smallest of x, W and the output."""
@@ -319,10 +328,10 @@ def _convolved(
     )  # fmt: skip
     smallest = min(x.numel(), weight.numel(), outputs)
     if smallest == weight.numel():
-        return _mapped(x, weight * scale, bias, geometry)
+        return _apply_map(x, weight * scale, bias, geometry)
     if smallest == x.numel():
-        return _mapped(x * scale, weight, bias, geometry)
-    out = _mapped(x, weight, None, geometry).mul_(scale)
+        return _apply_map(x * scale, weight, bias, geometry)
+    out = _apply_map(x, weight, None, geometry).mul_(scale)
     return out if bias is None else out.add_(bias.view(-1, *[1] * (x.ndim - 2)))
 
 
@@ -350,14 +359,14 @@ def _convolution_gradients(
         scaled: whether the gradient for W may be scaled.
     """
     stride, padding, dilation, groups = geometry
-    at_grad = needed[0] and scaled and grad.numel() <= x.numel()
-    into_x, into_weight, _ = torch.ops.aten.convolution_backward(
-        grad * scale if at_grad else grad, x, weight, None, stride, padding, dilation, False,
+    scales_grad = needed[0] and scaled and grad.numel() <= x.numel()
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad * scale if scales_grad else grad, x, weight, None, stride, padding, dilation, False,
         [0] * (x.ndim - 2), groups, [*needed, False],
     )  # fmt: skip
-    if into_x is not None and not at_grad:
-        into_x.mul_(scale)
-    return into_x, into_weight, at_grad
+    if grad_x is not None and not scales_grad:
+        grad_x.mul_(scale)
+    return grad_x, grad_weight, scales_grad
 
 
 def _ordinary_gradients(
@@ -376,8 +385,8 @@ def _ordinary_gradients(
     assert x is not None and weight is not None  # noqa: PT018
     divisor = divisor._replace(numerator=numerator)
     with torch.enable_grad():
-        used = divide(weight, divisor, u[None], v[None], view, plain=True)
-        out = _mapped(x, used, bias, geometry)
-    asked: Any = [one for one, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(out, asked, grad, create_graph=differentiable))
-    return tuple(next(found) if need else None for need in needed)
+        weight_in_use = divide(weight, divisor, u[None], v[None], view, plain=True)
+        out = _apply_map(x, weight_in_use, bias, geometry)
+    required: Any = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
+    gradients = iter(torch.autograd.grad(out, required, grad, create_graph=differentiable))
+    return tuple(next(gradients) if is_needed else None for is_needed in needed)

@@ -132,7 +132,7 @@ class Settings:
 
 
 # torch's names for options in its own spectral_norm, for the hint in an error.
-_OF_TORCH = {"n_power_iterations": "num_itrs"}
+_TORCH_NAMES = {"n_power_iterations": "num_itrs"}
 
 
 def settings_from(num_svs: int, num_itrs: int, options: Mapping[str, Any]) -> Settings:
@@ -145,7 +145,7 @@ def settings_from(num_svs: int, num_itrs: int, options: Mapping[str, Any]) -> Se
     known = [field.name for field in fields(Settings)]
     for name in options:
         if name not in known:
-            close = [_OF_TORCH[name]] if name in _OF_TORCH else []
+            close = [_TORCH_NAMES[name]] if name in _TORCH_NAMES else []
             close = close or difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise TypeError(f"unknown option {name!r}{hint} The options are: {', '.join(known)}")
@@ -177,13 +177,15 @@ def _indent(text: str) -> str:
     return "\n".join("    " + line if line else line for line in text.splitlines())
 
 
-def _check_name(option: str, value: object, known: Mapping[str, object]) -> None:
-    if value not in known:
-        raise ValueError(f"{option}={value!r}: expected one of {', '.join(map(repr, known))}")
+def _check_name(option: str, value: object, choices: Mapping[str, object]) -> None:
+    if value not in choices:
+        raise ValueError(f"{option}={value!r}: expected one of {', '.join(map(repr, choices))}")
 
 
-def _check_count(name: str, value: object, also: str = "") -> None:
+def _check_count(name: str, value: object, alternatives: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: expected an int{also}, not {type(value).__name__}")
+        raise TypeError(
+            f"{name}={value!r}: expected an int{alternatives}, not {type(value).__name__}"
+        )
     if value < 1:
         raise ValueError(f"{name}={value}: expected at least 1")

@@ -26,16 +26,16 @@ def refresh(model: nn.Module) -> None:
         ValueError: if the network has no weight under SpectralNorm, or if a weight has NaN or inf;
             no state has been changed then.
     """
-    found = normalised_states(model)
-    if not found:
+    weights = normalised_states(model)
+    if not weights:
         raise ValueError(
             f"refresh: {type(model).__name__} has no weight under SpectralNorm; convert_model first"
         )
-    for weight in found:
+    for weight in weights:
         if not is_finite(stack_of(weight.original.detach(), weight.norm.view)):
             raise ValueError(
                 f"refresh: {weight} has NaN or inf; repair or re-initialise it first, by "
                 "layer.weight = tensor"
             )
-    for weight in found:
+    for weight in weights:
         weight.norm.refresh(weight.original)

@@ -21,16 +21,16 @@ def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
     The class of each module, its attributes, and its tensors, children and hooks, in their order,
     are restored. Values of tensors are not.
     """
-    before = [_Module(module) for module in modules]
+    snapshots = [_Snapshot(module) for module in modules]
     try:
         yield
     except BaseException:
-        for module in before:
-            module.put_back()
+        for snapshot in snapshots:
+            snapshot.restore()
         raise
 
 
-class _Module:
+class _Snapshot:
     """The class, the attributes and the tables of a module at one time."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -38,7 +38,7 @@ class _Module:
         tables = (self.attributes.get(name) for name in _TABLES)
         self.tables = [(table, copy(table)) for table in tables if isinstance(table, dict | set)]
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         if type(self.module) is not self.type:
             self.module.__class__ = self.type
         _fill(vars(self.module), self.attributes)

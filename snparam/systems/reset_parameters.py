@@ -8,7 +8,7 @@ method runs on the ordinary module, and states and gains then start from the wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from snparam.parametrization.classes import unwrap, wrap
 from snparam.parametrization.extensions import System, register_system
 from snparam.parametrization.find import norms_of
+from snparam.parametrization.order import recorded_order, sort_table
 
 # The method of most modules, and that of nn.MultiheadAttention.
 _METHODS = ("reset_parameters", "_reset_parameters")
@@ -28,7 +29,7 @@ def _reset(method: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: 
     norms = list(norms_of(module))
     if not norms:
         return method(module, *args, **kwargs)
-    with _as_ordinary(module, [name for name, _ in norms]):
+    with _ordinary_weights(module, [name for name, _ in norms]):
         result = method(module, *args, **kwargs)
     lists: Any = module.parametrizations
     for name, norm in norms:
@@ -40,25 +41,27 @@ def _reset(method: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: 
 
 
 @contextmanager
-def _as_ordinary(module: Any, names: list[str]) -> Iterator[None]:
+def _ordinary_weights(module: Any, names: list[str]) -> Iterator[None]:
     """Make weights of a module its Parameters (or buffers), as if never normalised, for a while.
 
     The tensors that have their names at the end of the context are written to the originals.
     """
     cls, lists = type(module), module.parametrizations
     parametrized = {name: lists[name] for name in names}
-    plain_order = parametrized[names[0]]._snparam_order
+    plain_order = recorded_order(parametrized[names[0]])
     tables = [module._parameters, module._buffers, module._modules, lists._modules]
     orders = [list(table) for table in tables]
-    own = {key: value for key, value in vars(cls).items() if key not in (*names, *_NOT_COPIED)}
+    attributes = {
+        key: value for key, value in vars(cls).items() if key not in (*names, *_NOT_COPIED)
+    }
     for name, parametrization in parametrized.items():
         _table(parametrization, module)[name] = parametrization.original
         del lists._modules[name]
     if not lists:
         del module._modules["parametrizations"]
     for table in (module._parameters, module._buffers):
-        _sort(table, plain_order)
-    module.__class__ = type(cls.__name__, cls.__bases__, own)
+        sort_table(table, plain_order)
+    module.__class__ = type(cls.__name__, cls.__bases__, attributes)
     written = {}
     try:
         yield
@@ -69,7 +72,7 @@ def _as_ordinary(module: Any, names: list[str]) -> Iterator[None]:
             written[name] = _table(parametrization, module).pop(name, None)
             lists._modules[name] = parametrization
         for table, order in zip(tables, orders, strict=True):
-            _sort(table, order)
+            sort_table(table, order)
     with torch.no_grad():
         for name, value in written.items():
             original = parametrized[name].original
@@ -85,13 +88,6 @@ def _table(parametrization: nn.Module, module: nn.Module) -> dict[str, Any]:
     """Return the table of a module, parameters or buffers, in which a weight's original was."""
     is_buffer = "original" in parametrization._buffers
     return module._buffers if is_buffer else module._parameters
-
-
-def _sort(table: dict[str, Any], order: Sequence[str]) -> None:
-    """Sort a table by the order of names given, in place, with all other names after those."""
-    known = {name: place for place, name in enumerate(order)}
-    for name in sorted(table, key=lambda name: known.get(name, len(known))):
-        table[name] = table.pop(name)
 
 
 class _ResetParameters(System):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import snparam
 from snparam import optimizer_state_dict_for
@@ -232,3 +232,17 @@ def test_mistakes_are_errors_that_name_them() -> None:
         other = adam([(f"m.{name}", p) for name, p in network().named_parameters()]).state_dict()
         with pytest.raises(ValueError, match=r"has '(m\.)?\w"):
             optimizer_state_dict_for(model, optimizer, "snparam", other)
+
+
+def test_parametrizations_that_torch_has_transferred_have_the_order_of_the_restored_module() -> (
+    None
+):
+    source, target = snparam.register_sn(nn.Linear(4, 3)), nn.Linear(4, 3)
+    parametrize.transfer_parametrizations_and_params(source, target)
+    optimizer = adam(target.parameters())
+    target(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    plain = optimizer_state_dict_for(target, optimizer, "plain")
+    restored = snparam.restore_model(copy.deepcopy(target), bake=False)
+    for number, parameter in enumerate(restored.parameters()):
+        assert plain["state"][number]["exp_avg"].shape == parameter.shape
