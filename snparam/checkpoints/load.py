@@ -78,21 +78,20 @@ def _load(
         error_msgs,
     )
     assign = bool(local_metadata.get("assign_to_params_buffers", False))
-    before = set(state_dict)
+    given_keys = set(state_dict)
     for name, norm in list(norms_of(owner)):
         weight = NormalisedWeight(prefix[:-1], owner, name, norm)
         # With a second parametrization, the weight of a plain checkpoint is not the original.
-        if len(weight.parametrization_list) == 1 and "original" in _tensors_of(
-            weight.parametrization_list
-        ):
-            _Arrival(weight, state_dict, error_msgs, assign).take_in()
-    respelled = before.difference(state_dict)
-    if respelled:  # torch has reported those that belong to no child of the owner
-        unexpected_keys[:] = [key for key in unexpected_keys if key not in respelled]
+        parametrizations = weight.parametrization_list
+        if len(parametrizations) == 1 and "original" in _tensor_names(parametrizations):
+            _WeightLoading(weight, state_dict, error_msgs, assign).run()
+    removed_keys = given_keys.difference(state_dict)
+    if removed_keys:  # torch has reported those that belong to no child of the owner
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in removed_keys]
 
 
 @dataclass
-class _Arrival:
+class _WeightLoading:
     """The loading of one normalised weight from a state dict, which it changes in place.
 
     Attributes:
@@ -107,37 +106,37 @@ class _Arrival:
     errors: list[str]
     assign: bool
 
-    def take_in(self) -> None:
+    def run(self) -> None:
         """Respell the weight and its state; estimate what the state lacks, if there is a weight."""
         tensors = self._local_tensors()
-        self._drop_echo(tensors)
+        self._drop_own_tensors(tensors)
         key = self._rename_weight(tensors)
-        state = self._take_state(tensors, key)
-        if self.original not in self.state_dict:
-            self._put_alone(state)
+        state = self._read_state(tensors, key)
+        if self.original_key not in self.state_dict:
+            self._write_state_alone(state)
             return
-        original: Any = self.state_dict[self.original]
-        if (state is not None and state.misfits) or not self._has_fitting(original):
-            self._hold_back()
+        original: Any = self.state_dict[self.original_key]
+        if (state is not None and state.misfits) or not self._shapes_match(original):
+            self._keep_model_tensors()
         elif not self._keep_tied(original):
-            normalised = state is not None or key != self.weight.tensor_name
-            self._complete(original, state or State(), normalised)
+            was_normalised = state is not None or key != self.weight.tensor_name
+            self._complete(original, state or State(), was_normalised)
 
     # Keys
 
     @property
-    def original(self) -> str:
+    def original_key(self) -> str:
         """The key of the weight in snparam's spelling."""
-        return f"{self.weight.prefix}{self._local_original}"
+        return f"{self.weight.prefix}{self._local_original_key}"
 
     @property
-    def _local_original(self) -> str:
+    def _local_original_key(self) -> str:
         return f"parametrizations.{self.weight.tensor_name}.original"
 
-    def _own(self, tensor: str) -> str:
-        return f"{self.weight.prefix}{self._local(tensor)}"
+    def _state_key(self, tensor: str) -> str:
+        return f"{self.weight.prefix}{self._local_state_key(tensor)}"
 
-    def _local(self, tensor: str) -> str:
+    def _local_state_key(self, tensor: str) -> str:
         return f"parametrizations.{self.weight.tensor_name}.0.{tensor}"
 
     def _local_tensors(self) -> dict[str, Any]:
@@ -145,31 +144,35 @@ class _Arrival:
         owner, prefix, name = self.weight.owner, self.weight.prefix, self.weight.tensor_name
         lists: Any = owner.parametrizations
         others = {*owner._parameters, *owner._buffers, *owner._modules, *lists} - {name}
-        inside = f"parametrizations.{name}."
-        found = {}
+        inner_prefix = f"parametrizations.{name}."
+        tensors = {}
         for key, value in self.state_dict.items():
             local = key[len(prefix) :]
-            is_other = local.partition(".")[0] in others and not local.startswith(inside)
+            is_other = local.partition(".")[0] in others and not local.startswith(inner_prefix)
             if key.startswith(prefix) and not is_other:
-                found[local] = value
-        return found
+                tensors[local] = value
+        return tensors
 
-    def _drop_echo(self, tensors: dict[str, Any]) -> None:
+    def _drop_own_tensors(self, tensors: dict[str, Any]) -> None:
         """Drop entries that are the model's own tensors, where another spelling is there as well.
 
         `torch.distributed.checkpoint.state_dict` adds the model's tensors to the state dict that it
         is given, and so do people, by `{**model.state_dict(), **others}`.
         """
-        here, given = self.weight.original, tensors.get(self._local_original)
-        others = {spelling.weight_key(self.weight.tensor_name) for spelling in SPELLINGS}
-        others.discard(self._local_original)
-        if is_sharded(here) or others.isdisjoint(tensors) or not _is_same(given, here):
+        model_tensor, entry = self.weight.original, tensors.get(self._local_original_key)
+        other_keys = {spelling.weight_key(self.weight.tensor_name) for spelling in SPELLINGS}
+        other_keys.discard(self._local_original_key)
+        if (
+            is_sharded(model_tensor)
+            or other_keys.isdisjoint(tensors)
+            or not _shares_memory(entry, model_tensor)
+        ):
             return
-        echoes: dict[str, Tensor] = {self._local_original: here}
+        own_tensors: dict[str, Tensor] = {self._local_original_key: model_tensor}
         for tensor, value in self.weight.norm.state_dict(keep_vars=True).items():
-            echoes[self._local(tensor)] = value
-        for key, echo in echoes.items():
-            if _is_same(tensors.get(key), echo):
+            own_tensors[self._local_state_key(tensor)] = value
+        for key, own_tensor in own_tensors.items():
+            if _shares_memory(tensors.get(key), own_tensor):
                 del tensors[key], self.state_dict[self.weight.prefix + key]
 
     def _rename_weight(self, tensors: dict[str, Any]) -> str | None:
@@ -179,22 +182,22 @@ class _Arrival:
         # The plain key is tried last: checkpoints of torch's hook before 1.0 have the normalised
         # weight under it, beside the original.
         key = next((k for k in sorted(keys, key=name.__eq__) if k in tensors), None)
-        if key is not None and key != self._local_original:
-            self.state_dict[self.original] = self.state_dict.pop(self.weight.prefix + key)
+        if key is not None and key != self._local_original_key:
+            self.state_dict[self.original_key] = self.state_dict.pop(self.weight.prefix + key)
         return key
 
     # State
 
-    def _take_state(self, tensors: dict[str, Any], key: str | None) -> State | None:
+    def _read_state(self, tensors: dict[str, Any], key: str | None) -> State | None:
         """Return the state, remove the entries it was read from, and report those that misfit."""
-        if self._local("u") in tensors or self._local("sv") in tensors:
-            key = self._local_original  # torch loads what is under snparam's keys
+        if self._local_state_key("u") in tensors or self._local_state_key("sv") in tensors:
+            key = self._local_original_key  # torch loads what is under snparam's keys
         name = self.weight.tensor_name
         for spelling in sorted(SPELLINGS, key=lambda s: s.weight_key(name) != key):
             state = spelling.read(self.weight, tensors)
             if state is not None:
-                for used in state.keys:
-                    self.state_dict.pop(self.weight.prefix + used, None)
+                for key_read in state.keys:
+                    self.state_dict.pop(self.weight.prefix + key_read, None)
                 for misfit in state.misfits:
                     self._report(misfit)
                 return state
@@ -216,30 +219,30 @@ class _Arrival:
                 f"object from checkpoint but received {type(misfit.value)}"
             )
 
-    def _put_alone(self, state: State | None) -> None:
+    def _write_state_alone(self, state: State | None) -> None:
         """Put a state under snparam's keys without its weight, which torch reports as missing."""
         for tensor in ("u", "sv"):
             value = None if state is None or state.misfits else getattr(state, tensor)
             if value is not None:
-                self.state_dict[self._own(tensor)] = value
+                self.state_dict[self._state_key(tensor)] = value
 
     # Values
 
-    def _has_fitting(self, original: Any) -> bool:
+    def _shapes_match(self, original: Any) -> bool:
         """Return whether the weight, and a gain if there is one, have the shapes of the model's."""
-        gain = self.state_dict.get(self._own("gain"))
+        gain = self.state_dict.get(self._state_key("gain"))
         blocks = self.weight.norm.sv.shape[:1]
         return fits(original, self.weight.original) and (gain is None or has_shape(gain, blocks))
 
-    def _hold_back(self) -> None:
+    def _keep_model_tensors(self) -> None:
         """Leave weight and state of the model as they are, because the two belong together.
 
         All entries are replaced by the model's own tensors, except those of a wrong shape, which
         stay for torch to report.
         """
-        current: dict[str, Tensor] = {self.original: self.weight.original}
+        current: dict[str, Tensor] = {self.original_key: self.weight.original}
         for tensor in self.weight.norm.state_dict(keep_vars=True):
-            current[self._own(tensor)] = getattr(self.weight.norm, tensor)
+            current[self._state_key(tensor)] = getattr(self.weight.norm, tensor)
         for key, value in current.items():
             if fits(self.state_dict.get(key, value), value):
                 self.state_dict[key] = value
@@ -255,88 +258,95 @@ class _Arrival:
             _assigned.pop(self.weight.norm, None)
             return False
         original = self.weight.original
-        differentiable = weight.is_floating_point() or weight.is_complex()
-        if not (self.assign and isinstance(original, nn.Parameter) and differentiable):
+        is_differentiable = weight.is_floating_point() or weight.is_complex()
+        if not (self.assign and isinstance(original, nn.Parameter) and is_differentiable):
             return False
-        before, after = (one() for one in _assigned.get(self.weight.norm, (_nothing, _nothing)))
-        if before is original and after is not None:
-            if after.dtype == weight.dtype and torch.equal(after.to(weight.device), weight):
-                self.state_dict[self.original] = after
+        references = _assigned.get(self.weight.norm, (_no_tensor, _no_tensor))
+        replaced, replacement = (reference() for reference in references)
+        if replaced is original and replacement is not None:
+            if replacement.dtype == weight.dtype and torch.equal(
+                replacement.to(weight.device), weight
+            ):
+                self.state_dict[self.original_key] = replacement
                 for tensor in self.weight.norm.state_dict(keep_vars=True):
-                    self.state_dict[self._own(tensor)] = getattr(self.weight.norm, tensor)
+                    self.state_dict[self._state_key(tensor)] = getattr(self.weight.norm, tensor)
                 return True
-            parted = self.weight.parametrization_list[0] = copy.deepcopy(self.weight.norm)
-            self.weight = replace(self.weight, norm=parted)
+            norm_copy = self.weight.parametrization_list[0] = copy.deepcopy(self.weight.norm)
+            self.weight = replace(self.weight, norm=norm_copy)
         if not isinstance(weight, nn.Parameter):
             weight = nn.Parameter(weight, requires_grad=original.requires_grad)
-            self.state_dict[self.original] = weight
+            self.state_dict[self.original_key] = weight
         _assigned[self.weight.norm] = (ref(original), ref(weight))
         return False
 
     @torch.no_grad()
-    def _complete(self, weight: Tensor, state: State, normalised: bool) -> None:
+    def _complete(self, weight: Tensor, state: State, was_normalised: bool) -> None:
         """Put a complete state beside a weight, and estimate what the checkpoint lacks.
 
         Args:
             weight: the original in the checkpoint.
             state: the state that the checkpoint has for it.
-            normalised: whether the network that wrote the checkpoint normalises the weight.
+            was_normalised: whether the network that wrote the checkpoint normalises the weight.
         """
         k = self.weight.norm.u.shape[1]
         if state.u is not None and not _has_direction(state.u):
             state = replace(state, u=None, sv=None)
-        gain = self._own("gain")
-        lacks_gain = self.weight.norm.settings.gain is not None and gain not in self.state_dict
+        gain_key = self._state_key("gain")
+        lacks_gain = self.weight.norm.settings.gain is not None and gain_key not in self.state_dict
         if all(x is not None and x.shape[1] == k for x in (state.u, state.sv)) and not lacks_gain:
-            self._put(weight, state.u, state.sv)
+            self._write_state(weight, state.u, state.sv)
             return
-        stack = stack_of(self._as_loaded(weight), self.weight.norm.view)
+        stack = stack_of(self._as_in_model(weight), self.weight.norm.view)
         if not is_finite(stack):
             self.errors.append(
                 f'SpectralNorm on "{self.weight.name}" {tuple(weight.shape)}: the weight in '
                 "the checkpoint has NaN or inf, and its singular values cannot be estimated; "
                 "repair the checkpoint."
             )
-            self._hold_back()
+            self._keep_model_tensors()
             return
-        given = None if state.u is None else state.u.to(weight.device)
-        u, sv = completed(stack, given, state.sv, k)
-        self._put(weight, u, sv)
+        u_given = None if state.u is None else state.u.to(weight.device)
+        u, sv = completed(stack, u_given, state.sv, k)
+        self._write_state(weight, u, sv)
         if lacks_gain:
             # γ keeps the function of the network that wrote the checkpoint: it computed with W / σ,
             # by its own σ, if it was normalised, and with W if it was an ordinary one.
             sigma = power_step(stack, u.to(stack.dtype)).sv[:, 0]
             start = torch.where(sigma == 0, 1.0, sigma)
-            if normalised:
-                other = None if is_sharded(weight) else state.sigma
-                start = start / other(self._as_loaded(weight)) if other else torch.ones_like(start)
-            self.state_dict[gain] = start.to(real_dtype(weight.dtype))
+            if was_normalised:
+                sigma_of = None if is_sharded(weight) else state.sigma
+                start = (
+                    start / sigma_of(self._as_in_model(weight))
+                    if sigma_of
+                    else torch.ones_like(start)
+                )
+            self.state_dict[gain_key] = start.to(real_dtype(weight.dtype))
 
-    def _as_loaded(self, weight: Tensor) -> Tensor:
+    def _as_in_model(self, weight: Tensor) -> Tensor:
         """Return the weight in the dtype, and on the device, that it will have in the model."""
         original = self.weight.original
         if self.assign or original.is_meta:
             return weight.detach()
         return weight.detach().to(original.device, original.dtype)
 
-    def _put(self, weight: Tensor, u: Tensor | None, sv: Tensor | None) -> None:
+    def _write_state(self, weight: Tensor, u: Tensor | None, sv: Tensor | None) -> None:
         """Write u and sv under snparam's keys, in the dtypes that a registration gives them."""
         dtype = compute_dtype(weight.dtype)
-        for key, value, kind in (("u", u, dtype), ("sv", sv, real_dtype(dtype))):
-            if value is not self.state_dict.get(self._own(key)):
+        for key, value, state_dtype in (("u", u, dtype), ("sv", sv, real_dtype(dtype))):
+            if value is not self.state_dict.get(self._state_key(key)):
                 assert value is not None
-                self.state_dict[self._own(key)] = value.to(weight.device, kind)
+                self.state_dict[self._state_key(key)] = value.to(weight.device, state_dtype)
 
 
-def _tensors_of(module: nn.Module) -> set[str]:
+def _tensor_names(module: nn.Module) -> set[str]:
     return {*module._parameters, *module._buffers}
 
 
-def _nothing() -> None:
+def _no_tensor() -> None:
     return None
 
 
-def _is_same(tensor: Any, other: Tensor) -> bool:
+def _shares_memory(tensor: Any, other: Tensor) -> bool:
     """Return whether a value is a tensor that fits another and is in the same memory."""
     return (
         fits(tensor, other)

@@ -71,16 +71,16 @@ def optimizer_state_dict_for(
             "optimizer_state_dict_for: LBFGS keeps one state for all parameters, in their order; "
             "begin with a new one"
         )
-    ours = optimizer.state_dict()
-    groups = _matched(_plain_names(model), optimizer, ours, gain_parameters(model))
+    converted = optimizer.state_dict()
+    groups = _match_groups(_plain_names(model), optimizer, converted, gain_parameters(model))
     if spelling == "plain":
-        return _to_plain(groups, ours if state_dict is None else state_dict)
+        return _to_plain(groups, converted if state_dict is None else state_dict)
     if state_dict is None:
         raise TypeError(
             "optimizer_state_dict_for: pass the state dict of the ordinary network's optimizer as "
             "state_dict="
         )
-    return _to_ours(groups, ours, state_dict)
+    return _to_converted(groups, converted, state_dict)
 
 
 # A group of the optimizer: its index in `param_groups`, and the numbers of its parameters by the
@@ -88,19 +88,22 @@ def optimizer_state_dict_for(
 _Group = tuple[int, dict[str, int]]
 
 
-def _matched(
-    names: dict[int, str], optimizer: Optimizer, ours: dict[str, Any], gains: list[nn.Parameter]
+def _match_groups(
+    names: dict[int, str],
+    optimizer: Optimizer,
+    converted: dict[str, Any],
+    gains: list[nn.Parameter],
 ) -> list[_Group]:
     """Return the groups that an optimizer of the ordinary network has too, without the gains."""
-    new = {id(gain) for gain in gains}
-    order = {name: place for place, name in enumerate(names.values())}
+    gain_ids = {id(gain) for gain in gains}
+    positions = {name: index for index, name in enumerate(names.values())}
     groups = []
-    for place, (group, saved) in enumerate(
-        zip(optimizer.param_groups, ours["param_groups"], strict=True)
+    for index, (group, saved) in enumerate(
+        zip(optimizer.param_groups, converted["param_groups"], strict=True)
     ):
         numbers = {}
         for parameter, number in zip(group["params"], saved["params"], strict=True):
-            if id(parameter) in new:
+            if id(parameter) in gain_ids:
                 continue
             if id(parameter) not in names:
                 raise ValueError(
@@ -110,29 +113,31 @@ def _matched(
                 )
             numbers[names[id(parameter)]] = number
         if numbers or not group["params"]:
-            by_place = sorted(numbers.items(), key=lambda item: order[item[0]])
-            groups.append((place, dict(by_place)))
+            sorted_numbers = sorted(numbers.items(), key=lambda item: positions[item[0]])
+            groups.append((index, dict(sorted_numbers)))
     return groups
 
 
-def _to_plain(groups: list[_Group], ours: dict[str, Any]) -> dict[str, Any]:
+def _to_plain(groups: list[_Group], converted: dict[str, Any]) -> dict[str, Any]:
     """Return the converted network's state dict with the numbers of the ordinary network."""
     state, param_groups = {}, []
     count = 0
-    for place, numbers in groups:
-        group = dict(ours["param_groups"][place])
+    for index, numbers in groups:
+        group = dict(converted["param_groups"][index])
         group["params"] = list(range(count, count + len(numbers)))
         if "param_names" in group:
             group["param_names"] = list(numbers)
         for number in numbers.values():
-            if number in ours["state"]:
-                state[count] = ours["state"][number]
+            if number in converted["state"]:
+                state[count] = converted["state"][number]
             count += 1
         param_groups.append(group)
-    return {**ours, "state": state, "param_groups": param_groups}
+    return {**converted, "state": state, "param_groups": param_groups}
 
 
-def _to_ours(groups: list[_Group], ours: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+def _to_converted(
+    groups: list[_Group], converted: dict[str, Any], plain: dict[str, Any]
+) -> dict[str, Any]:
     """Return the ordinary network's state dict with the numbers of the converted network."""
     if len(plain["param_groups"]) != len(groups):
         raise ValueError(
@@ -140,22 +145,30 @@ def _to_ours(groups: list[_Group], ours: dict[str, Any], plain: dict[str, Any]) 
             f"parameters, and the optimizer {len(groups)} with parameters of the ordinary network; "
             "build it with the same groups"
         )
-    state, param_groups = {}, [dict(group) for group in ours["param_groups"]]
-    for (place, numbers), theirs in zip(groups, plain["param_groups"], strict=True):
-        names = theirs.get("param_names", list(numbers))
-        if len(theirs["params"]) != len(numbers) or set(names) != set(numbers):
-            other = next(iter(set(names) ^ set(numbers)), None)
-            named = "" if other is None else f" (one of them has {other!r}, and the other has not)"
+    state, param_groups = {}, [dict(group) for group in converted["param_groups"]]
+    for (index, numbers), plain_group in zip(groups, plain["param_groups"], strict=True):
+        names = plain_group.get("param_names", list(numbers))
+        if len(plain_group["params"]) != len(numbers) or set(names) != set(numbers):
+            differing = next(iter(set(names) ^ set(numbers)), None)
+            hint = ""
+            if differing is not None:
+                hint = f" (one of them has {differing!r}, and the other has not)"
             raise ValueError(
-                f"optimizer_state_dict_for: group {place} has {len(theirs['params'])} parameters "
-                f"in the state dict and {len(numbers)}, without gains, in the optimizer{named}; "
+                f"optimizer_state_dict_for: group {index} has {len(plain_group['params'])} "
+                f"parameters in the state dict and {len(numbers)}, without gains, in the "
+                f"optimizer{hint}; "
                 "build it with the same groups"
             )
-        for name, number in zip(names, theirs["params"], strict=True):
+        for name, number in zip(names, plain_group["params"], strict=True):
             if number in plain["state"]:
                 state[numbers[name]] = plain["state"][number]
-        kept = {key: ours["param_groups"][place].get(key) for key in ("params", "param_names")}
-        param_groups[place] = {**theirs, **{k: v for k, v in kept.items() if v is not None}}
+        own_entries = {
+            key: converted["param_groups"][index].get(key) for key in ("params", "param_names")
+        }
+        param_groups[index] = {
+            **plain_group,
+            **{k: v for k, v in own_entries.items() if v is not None},
+        }
     return {**plain, "state": state, "param_groups": param_groups}
 
 
@@ -175,21 +188,23 @@ def _plain_parameters(
         return
     seen.add(id(module))
     lists: Any = module._modules.get("parametrizations")
-    own: dict[str, Any] = dict(module._parameters)
-    ours = [name for name, _ in norms_of(module)]
-    for name in ours:
+    tensors: dict[str, Any] = dict(module._parameters)
+    normalised = [name for name, _ in norms_of(module)]
+    for name in normalised:
         check_alone(module, name)
-        own[name] = lists[name].original
-    order = recorded_order(lists[ours[0]]) if ours else ()
-    for name in in_order(own, order):
-        if isinstance(own[name], nn.Parameter):
-            yield prefix + name, own[name]
+        tensors[name] = lists[name].original
+    order = recorded_order(lists[normalised[0]]) if normalised else ()
+    for name in in_order(tensors, order):
+        if isinstance(tensors[name], nn.Parameter):
+            yield prefix + name, tensors[name]
     for name, child in module._modules.items():
         if child is None:
             continue
-        if child is not lists or not ours:
+        if child is not lists or not normalised:
             yield from _plain_parameters(child, f"{prefix}{name}.", seen)
             continue
-        for tensor, parametrized in child._modules.items():
-            if parametrized is not None and tensor not in ours:
-                yield from _plain_parameters(parametrized, f"{prefix}{name}.{tensor}.", seen)
+        for tensor, parametrization_list in child._modules.items():
+            if parametrization_list is not None and tensor not in normalised:
+                yield from _plain_parameters(
+                    parametrization_list, f"{prefix}{name}.{tensor}.", seen
+                )

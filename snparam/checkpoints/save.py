@@ -34,7 +34,7 @@ def plain_state_dict(model: nn.Module, bake: bool = True) -> dict[str, Any]:
         ValueError: if a weight carries another parametrization as well; with `bake`, also if a
             normalised weight is shared with a module that uses it as it is.
     """
-    return _respelled(model, Plain(bake).writer(model))
+    return _respell(model, Plain(bake).writer(model))
 
 
 def state_dict_for(model: nn.Module, spelling: str) -> dict[str, Any]:
@@ -66,10 +66,10 @@ def state_dict_for(model: nn.Module, spelling: str) -> dict[str, Any]:
         raise ValueError(
             f"spelling={spelling!r}: expected one of {', '.join(map(repr, registered))}"
         )
-    return _respelled(model, registered[spelling].writer(model))
+    return _respell(model, registered[spelling].writer(model))
 
 
-def _respelled(model: nn.Module, write: Callable[[NormalisedWeight], Spelled]) -> dict[str, Any]:
+def _respell(model: nn.Module, write: Callable[[NormalisedWeight], Spelled]) -> dict[str, Any]:
     """Return the state dict of a model, with the entries of each normalised weight replaced.
 
     It is made from `model.state_dict()`, so that it has the entries that modules add by hooks.
@@ -82,36 +82,36 @@ def _respelled(model: nn.Module, write: Callable[[NormalisedWeight], Spelled]) -
             owners.setdefault(weight.prefix, []).append(weight)
     spelled = {prefix: [(w, write(w)) for w in weights] for prefix, weights in owners.items()}
     result: dict[str, Any] = OrderedDict()
-    opened: set[str] = set()
+    owners_written: set[str] = set()
     for key, value in source.items():
         for prefix in _prefixes(key):
-            if prefix in spelled and prefix not in opened:
-                opened.add(prefix)
-                result.update(_own_part(prefix, spelled[prefix], source))
-        inside = _inside(key, spelled)
-        if inside is None:
+            if prefix in spelled and prefix not in owners_written:
+                owners_written.add(prefix)
+                result.update(_owner_entries(prefix, spelled[prefix], source))
+        inner = _inner_entries(key, spelled)
+        if inner is None:
             result.setdefault(key, value)
         else:
-            result.update(inside)
+            result.update(inner)
     result._metadata = _metadata(source, spelled)  # type: ignore[attr-defined]
     return result
 
 
 # The weights of each owner with the entries that replace theirs, by the prefix of the owner's keys.
-_Owners = dict[str, list[tuple[NormalisedWeight, Spelled]]]
+_SpelledWeights = dict[str, list[tuple[NormalisedWeight, Spelled]]]
 
 
-def _inside(key: str, spelled: _Owners) -> dict[str, Tensor] | None:
+def _inner_entries(key: str, spelled: _SpelledWeights) -> dict[str, Tensor] | None:
     """Return the entries that replace a key below a weight's parametrizations; else None."""
     for prefix in _prefixes(key):
-        for weight, local in spelled.get(prefix, ()):
-            inside = f"{prefix}parametrizations.{weight.tensor_name}."
-            if key.startswith(inside):
-                return {inside + name: tensor for name, tensor in local.inner.items()}
+        for weight, entries in spelled.get(prefix, ()):
+            inner_prefix = f"{prefix}parametrizations.{weight.tensor_name}."
+            if key.startswith(inner_prefix):
+                return {inner_prefix + name: tensor for name, tensor in entries.inner.items()}
     return None
 
 
-def _own_part(
+def _owner_entries(
     prefix: str, spelled: list[tuple[NormalisedWeight, Spelled]], source: dict[str, Any]
 ) -> dict[str, Any]:
     """Return an owner's parameters and buffers by key, in the order of the ordinary module."""
@@ -119,9 +119,9 @@ def _own_part(
     order = recorded_order(spelled[0][0].parametrization_list)
     parameters = {n: source[prefix + n] for n in owner._parameters if prefix + n in source}
     buffers = {n: source[prefix + n] for n in owner._buffers if prefix + n in source}
-    for _, local in spelled:
-        parameters |= local.parameters
-        buffers |= local.buffers
+    for _, spelled_weight in spelled:
+        parameters |= spelled_weight.parameters
+        buffers |= spelled_weight.buffers
     entries = {}
     for tensors in (parameters, buffers):
         for name in in_order(tensors, order):
@@ -129,21 +129,21 @@ def _own_part(
     return entries
 
 
-def _metadata(source: dict[str, Any], spelled: _Owners) -> dict[str, Any]:
+def _metadata(source: dict[str, Any], spelled: _SpelledWeights) -> dict[str, Any]:
     """Return the `_metadata` of a state dict, for the modules that the spelling writes."""
     metadata = OrderedDict(getattr(source, "_metadata", {}))
     for prefix, weights in spelled.items():
-        for weight, local in weights:
+        for weight, spelled_weight in weights:
             path = f"{prefix}parametrizations"
-            if not local.inner:
+            if not spelled_weight.inner:
                 for module in (f"{path}.{weight.tensor_name}.0", f"{path}.{weight.tensor_name}"):
                     metadata.pop(module, None)
                 if not any(key.startswith(f"{path}.") for key in metadata):
                     metadata.pop(path, None)
-            here = dict(metadata.get(prefix[:-1], {}))
-            for name, noted in local.metadata.items():
-                here[name] = {**here.get(name, {}), **noted}
-            metadata[prefix[:-1]] = here
+            owner_metadata = dict(metadata.get(prefix[:-1], {}))
+            for name, additions in spelled_weight.metadata.items():
+                owner_metadata[name] = {**owner_metadata.get(name, {}), **additions}
+            metadata[prefix[:-1]] = owner_metadata
     return metadata
 
 

@@ -13,8 +13,8 @@ def has_shape(value: Any, shape: tuple[int | None, ...]) -> bool:
         isinstance(value, Tensor)
         and value.ndim == len(shape)
         and all(
-            size == want or (want is None and size > 0)
-            for size, want in zip(value.shape, shape, strict=True)
+            size == expected_size or (expected_size is None and size > 0)
+            for size, expected_size in zip(value.shape, shape, strict=True)
         )
     )
 

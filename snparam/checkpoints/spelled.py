@@ -37,25 +37,25 @@ def check_norm_is_one(weight: NormalisedWeight, spelling: str) -> None:
         ValueError: if the weight has several blocks or another norm than 1; the error says which.
     """
     settings, blocks = weight.norm.settings, weight.norm.view.matrices[0]
-    what = f"spelling {spelling!r}"
+    target = f"spelling {spelling!r}"
     if blocks > 1:
-        raise inexpressible(weight, what, f"it has blocks={blocks} with a σ each, not one")
+        raise inexpressible(weight, target, f"it has blocks={blocks} with a σ each, not one")
     if settings.gain is not None:
-        raise inexpressible(weight, what, f"gain={settings.gain!r} gives it another norm than 1")
+        raise inexpressible(weight, target, f"gain={settings.gain!r} gives it another norm than 1")
     if settings.soft or settings.coeff != 1:
-        given = f"coeff={settings.coeff:g}, soft={settings.soft}"
-        raise inexpressible(weight, what, f"{given} gives it another norm than 1")
+        options = f"coeff={settings.coeff:g}, soft={settings.soft}"
+        raise inexpressible(weight, target, f"{options} gives it another norm than 1")
 
 
-def inexpressible(weight: NormalisedWeight, what: str, why: str) -> ValueError:
+def inexpressible(weight: NormalisedWeight, target: str, reason: str) -> ValueError:
     """Return the error for a weight that another implementation cannot express.
 
     Args:
         weight: the weight.
-        what: the spelling or implementation that it was to be expressed in.
-        why: the reason why it cannot be.
+        target: the spelling or implementation that it was to be expressed in.
+        reason: why it cannot be.
     """
     return ValueError(
-        f"SpectralNorm on {weight} cannot be expressed as {what}: {why}; use "
+        f"SpectralNorm on {weight} cannot be expressed as {target}: {reason}; use "
         "plain_state_dict(model), which has the normalised weights themselves."
     )

@@ -21,8 +21,8 @@ from snparam.parametrization.extensions import (
 )
 from snparam.parametrization.find import NormalisedWeight
 
-_WEIGHT = "weight"
-_WHAT = "BigGAN's layer"
+_TENSOR = "weight"
+_TARGET = "BigGAN's layer"
 
 
 class BigGAN(Spelling):
@@ -36,17 +36,17 @@ class BigGAN(Spelling):
         Vectors of one matrix say nothing of several blocks: a weight that is read as blocks gets no
         u, and only the σ that BigGAN's layer divides by.
         """
-        if weight.tensor_name != _WEIGHT or "u0" not in tensors:
+        if weight.tensor_name != _TENSOR or "u0" not in tensors:
             return None
         blocks, rows, _ = weight.norm.view.matrices
         count = next(i for i in range(len(tensors) + 1) if f"u{i}" not in tensors)
         us = {f"u{i}": tensors[f"u{i}"] for i in range(count)}
         svs = {f"sv{i}": tensors[f"sv{i}"] for i in range(count) if f"sv{i}" in tensors}
         keys, misfits = (*us, *svs), []
-        for name, of_its_kind in (("u", us), ("sv", svs)):
-            for value in of_its_kind.values():
+        for name, entries in (("u", us), ("sv", svs)):
+            for value in entries.values():
                 if not (has_shape(value, (1, blocks * rows)) if name == "u" else _is_number(value)):
-                    key = f"parametrizations.{_WEIGHT}.0.{name}"
+                    key = f"parametrizations.{_TENSOR}.0.{name}"
                     misfits.append(Misfit(key, value, tuple(getattr(weight.norm, name).shape)))
                     break
         if misfits:
@@ -66,12 +66,12 @@ class BigGAN(Spelling):
                 complex one, or one with other rows than BigGAN's layer reads.
         """
         check_norm_is_one(weight, self.name)
-        if weight.tensor_name != _WEIGHT:
-            raise inexpressible(weight, _WHAT, f"its one weight is called {_WEIGHT!r}")
+        if weight.tensor_name != _TENSOR:
+            raise inexpressible(weight, _TARGET, f"its one weight is called {_TENSOR!r}")
         if weight.original.is_complex():
-            raise inexpressible(weight, _WHAT, "it is complex")
+            raise inexpressible(weight, _TARGET, "it is complex")
         if relation(weight.norm.view, torch_axis(weight.owner)) != "same":
-            raise inexpressible(weight, _WHAT, "it reads other rows")
+            raise inexpressible(weight, _TARGET, "it reads other rows")
         norm, dtype, buffers = weight.norm, weight.original.dtype, {}
         for i in range(norm.u.shape[1]):
             # Copies, because safetensors takes no tensors that share memory.

@@ -27,8 +27,8 @@ class Ours(Spelling):
 
     def read(self, weight: NormalisedWeight, tensors: Mapping[str, Any]) -> State | None:
         """Return the state, of any number of singular values; torch loads its entries itself."""
-        inside = f"parametrizations.{weight.tensor_name}.0."
-        u, sv = tensors.get(f"{inside}u"), tensors.get(f"{inside}sv")
+        prefix = f"parametrizations.{weight.tensor_name}.0."
+        u, sv = tensors.get(f"{prefix}u"), tensors.get(f"{prefix}sv")
         if u is None and sv is None:
             return None
         blocks, rows, _ = weight.norm.view.matrices
@@ -36,7 +36,7 @@ class Ours(Spelling):
         for name, value, shape in (("u", u, (blocks, None, rows)), ("sv", sv, (blocks, None))):
             if value is not None and not has_shape(value, shape):
                 expected = tuple(getattr(weight.norm, name).shape)
-                misfits.append(Misfit(inside + name, value, expected))
+                misfits.append(Misfit(prefix + name, value, expected))
         return State(u, sv, misfits=tuple(misfits))
 
     def write(self, weight: NormalisedWeight) -> Spelled:

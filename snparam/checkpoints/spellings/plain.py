@@ -34,13 +34,13 @@ class Plain(Spelling):
         """
         if self.bake:
             check_shared(model)
-        known: dict[tuple[int, int], Tensor] = {}
+        values: dict[tuple[int, int], Tensor] = {}
 
         def write(weight: NormalisedWeight) -> Spelled:
             key = (id(weight.original), id(weight.norm))
-            if key not in known:
-                known[key] = self._value(weight)
-            return as_ordinary(weight, known[key])
+            if key not in values:
+                values[key] = self._value(weight)
+            return as_ordinary(weight, values[key])
 
         return write
 

@@ -38,8 +38,8 @@ class Torch(Spelling):
 
     def read(self, weight: NormalisedWeight, tensors: Mapping[str, Any]) -> State | None:
         """Return the state by torch's vectors, or None where neither is there; see `state_in`."""
-        inside = f"parametrizations.{weight.tensor_name}.0."
-        keys = f"{inside}_u", f"{inside}_v"
+        prefix = f"parametrizations.{weight.tensor_name}.0."
+        keys = f"{prefix}_u", f"{prefix}_v"
         return None if tensors.keys().isdisjoint(keys) else state_in(weight, tensors, *keys)
 
     def write(self, weight: NormalisedWeight) -> Spelled:
@@ -71,12 +71,12 @@ def state_in(weight: NormalisedWeight, tensors: Mapping[str, Any], u_key: str, v
     """
     u, v, axis = tensors.get(u_key), tensors.get(v_key), torch_axis(weight.owner)
     shape = weight.norm.view.shape
-    fitting = fitting_axis(shape, axis, u, v)
-    if fitting is not None:
+    axis_that_fits = fitting_axis(shape, axis, u, v)
+    if axis_that_fits is not None:
         return State(
-            u=left_vector(weight.norm.view, fitting, u, v),
+            u=left_vector(weight.norm.view, axis_that_fits, u, v),
             keys=(u_key, v_key),
-            sigma=partial(torch_sigma, axis=fitting, u=u, v=v),
+            sigma=partial(torch_sigma, axis=axis_that_fits, u=u, v=v),
         )
     if u is not None and fitting_axis(shape, axis, u, None) is None:
         key = f"parametrizations.{weight.tensor_name}.0.u"
@@ -87,12 +87,12 @@ def state_in(weight: NormalisedWeight, tensors: Mapping[str, Any], u_key: str, v
     return State(keys=(u_key, v_key), misfits=(misfit,))
 
 
-def vectors_for(weight: NormalisedWeight, what: str) -> tuple[Tensor, Tensor]:
+def vectors_for(weight: NormalisedWeight, target: str) -> tuple[Tensor, Tensor]:
     """Return the u (m,) and v (n,) with which torch divides by the σ that eval divides by here.
 
     Args:
         weight: the weight.
-        what: torch's implementation that they are for, as the error names it.
+        target: torch's implementation that they are for, as the error names it.
 
     Raises:
         ValueError: if torch reads another matrix.
@@ -100,7 +100,7 @@ def vectors_for(weight: NormalisedWeight, what: str) -> tuple[Tensor, Tensor]:
     axis = torch_axis(weight.owner)
     vectors = torch_vectors(weight.original, weight.norm.view, axis, weight.norm.u)
     if vectors is None:
-        raise inexpressible(weight, what, f"torch takes axis {axis} as rows, another matrix")
+        raise inexpressible(weight, target, f"torch takes axis {axis} as rows, another matrix")
     return vectors
 
 

@@ -11,7 +11,7 @@ from snparam.checkpoints.spellings.torch import state_in, vectors_for
 from snparam.parametrization.extensions import Spelled, Spelling, State, register_spelling
 from snparam.parametrization.find import NormalisedWeight
 
-_WHAT = "torch's deprecated hook"
+_TARGET = "torch's deprecated hook"
 
 
 class TorchHook(Spelling):
@@ -45,8 +45,8 @@ class TorchHook(Spelling):
         """
         check_norm_is_one(weight, self.name)
         if weight.original.is_complex():
-            raise inexpressible(weight, _WHAT, "it is complex")
-        u, v = vectors_for(weight, _WHAT)
+            raise inexpressible(weight, _TARGET, "it is complex")
+        u, v = vectors_for(weight, _TARGET)
         name = weight.tensor_name
         return Spelled(
             parameters={f"{name}_orig": weight.original.detach()},
