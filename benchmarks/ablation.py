@@ -208,7 +208,7 @@ SPEED_UPS = [
     SpeedUp("W Vᵀ for many vectors", lambda: [(products, "_MANY_PRODUCTS", _NEVER)], _iterations),
     SpeedUp(
         "U W parted among threads",
-        lambda: [(products, "_WORTH_PARTING", _NEVER)],
+        lambda: [(products, "_MIN_BANDED_ENTRIES", _NEVER)],
         _iterations,
         cpu_only=True,
     ),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.__future__ import get_swap_module_params_on_conversion
 
 from snparam.checkpoints.shapes import fits, has_shape
-from snparam.estimators.completion import completed
+from snparam.estimators.completion import complete_state
 from snparam.estimators.power import power_step
 from snparam.matrices.products import real_dtype
 from snparam.matrices.sharded import is_sharded
@@ -306,7 +306,7 @@ class _WeightLoading:
             self._keep_model_tensors()
             return
         u_given = None if state.u is None else state.u.to(weight.device)
-        u, sv = completed(stack, u_given, state.sv, k)
+        u, sv = complete_state(stack, u_given, state.sv, k)
         self._write_state(weight, u, sv)
         if lacks_gain:
             # γ keeps the function of the network that wrote the checkpoint: it computed with W / σ,

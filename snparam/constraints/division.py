@@ -56,17 +56,17 @@ def divide(
     """
     if is_sharded(weight):
         return divide_sharded(weight, divisor.numerator, *divisor[:2], u, v, view)  # type: ignore[arg-type]
-    if plain or _is_traced():
+    if plain or _needs_plain_operations():
         # One trace serves with and without gradients, and torch.jit.trace compares it with another
         # that is made without.
         tracing = torch_private.tracing_state() is not None
         recording = torch.is_grad_enabled() and weight.requires_grad
-        if recording or tracing or _is_traced():
+        if recording or tracing or _needs_plain_operations():
             # In u's dtype, because gradients would be summed in half precision otherwise.
             wide = weight.to(u.dtype)
-            divisor = _attached(wide, divisor, u, v, view)
-            return _divided(wide, divisor, view).to(weight.dtype)
-        return _divided(weight, divisor, view)
+            divisor = _differentiable_divisor(wide, divisor, u, v, view)
+            return _quotient(wide, divisor, view).to(weight.dtype)
+        return _quotient(weight, divisor, view)
     out: Tensor = _Divide.apply(weight, divisor.numerator, divisor, u, v, view)  # type: ignore[no-untyped-call]
     return out
 
@@ -104,9 +104,9 @@ class _Divide(torch.autograd.Function):
     ) -> Tensor:
         slope = divisor.slope
         ctx.slope, ctx.view = (None if isinstance(slope, Tensor) else slope), view
-        saved = slope if isinstance(slope, Tensor) else None
-        ctx.save_for_backward(weight, numerator, u, v, divisor.value, saved)
-        return _divided(weight, divisor, view)
+        slope_tensor = slope if isinstance(slope, Tensor) else None
+        ctx.save_for_backward(weight, numerator, u, v, divisor.value, slope_tensor)
+        return _quotient(weight, divisor, view)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -114,9 +114,9 @@ class _Divide(torch.autograd.Function):
         divisor = Divisor(value, ctx.slope if slope is None else slope, numerator)
         with without_autocast(grad):
             if torch.is_grad_enabled():
-                divisor = _attached(weight, divisor, u, v, ctx.view)
-            into_weight, into_numerator = _gradients(grad, weight, divisor, u, v, ctx.view)
-        return into_weight, into_numerator, None, None, None, None
+                divisor = _differentiable_divisor(weight, divisor, u, v, ctx.view)
+            grad_weight, grad_numerator = _gradients(grad, weight, divisor, u, v, ctx.view)
+        return grad_weight, grad_numerator, None, None, None, None
 
 
 def _gradients(
@@ -126,31 +126,31 @@ def _gradients(
     g = view.to_matrices(grad, like=weight).to(u.dtype)
     w = view.to_matrices(weight).to(u.dtype)
     d, slope, numerator = divisor
-    into_numerator: Tensor | None = None
+    grad_numerator: Tensor | None = None
     if len(g) == 1 and not torch.is_grad_enabled() and reads_freely(grad):
         number = d.item()
-        along = _inner(g, w).item() / number
+        inner_over_d = _inner_product(g, w).item() / number
         scale = (1.0 if numerator is None else numerator.item()) / number
-        rate = along * scale * (slope.item() if isinstance(slope, Tensor) else slope)
+        rate = inner_over_d * scale * (slope.item() if isinstance(slope, Tensor) else slope)
         if numerator is not None:
-            into_numerator = torch.full_like(numerator, along)
+            grad_numerator = torch.full_like(numerator, inner_over_d)
         combined = rank_one_update(g, u, v, scale, rate)
     else:
         if len(g) > 1:
             d = d.to(g.real.dtype)[:, None, None]
         # G is divided before the inner product, because ⟨G, W⟩/d² would underflow first.
-        divided = g / d
-        along_d = _inner(divided, w)
-        rate_d = along_d / d.reshape(along_d.shape)
+        g_over_d = g / d
+        inners_over_d = _inner_product(g_over_d, w)
+        rates = inners_over_d / d.reshape(inners_over_d.shape)
         if isinstance(slope, Tensor) or slope != 1:
-            rate_d = rate_d * slope
+            rates = rates * slope
         if numerator is not None:
-            into_numerator = along_d.reshape(-1).to(numerator.dtype)
-            factor = numerator.to(g.real.dtype).reshape(along_d.shape)
-            rate_d = rate_d * factor
-            divided = divided * (factor if len(g) == 1 else factor[:, None, None])
-        combined = rank_one_update(divided, u, v, None, rate_d)
-    return view.from_matrices(combined, like=weight).to(weight.dtype), into_numerator
+            grad_numerator = inners_over_d.reshape(-1).to(numerator.dtype)
+            factor = numerator.to(g.real.dtype).reshape(inners_over_d.shape)
+            rates = rates * factor
+            g_over_d = g_over_d * (factor if len(g) == 1 else factor[:, None, None])
+        combined = rank_one_update(g_over_d, u, v, None, rates)
+    return view.from_matrices(combined, like=weight).to(weight.dtype), grad_numerator
 
 
 def rank_one_update(
@@ -182,14 +182,14 @@ def rank_one_update(
     return g.baddbmm_(outer.to(g.dtype), v, alpha=-1.0)
 
 
-def _is_traced() -> bool:
+def _needs_plain_operations() -> bool:
     """Return whether plain operations are needed: in a tracer, torch.func or forward-mode AD."""
     if torch.compiler.is_compiling() or torch_private.tracing_state() is not None:
         return True
     return torch_private.functorch_is_active() or torch_private.forward_ad_is_active()
 
 
-def _divided(weight: Tensor, divisor: Divisor, view: View) -> Tensor:
+def _quotient(weight: Tensor, divisor: Divisor, view: View) -> Tensor:
     """Return γ W / d by torch's own operations, with d as a constant or as it depends on W."""
     d, _, numerator = divisor
     if view.matrices[0] == 1:
@@ -203,7 +203,7 @@ def _divided(weight: Tensor, divisor: Divisor, view: View) -> Tensor:
     return out.to(weight.dtype)
 
 
-def _inner(g: Tensor, w: Tensor) -> Tensor:
+def _inner_product(g: Tensor, w: Tensor) -> Tensor:
     """Return Re⟨G, W⟩ for each block, () for one block or (b,)."""
     g, w = g.reshape(len(g), -1), w.reshape(len(w), -1)
     if g.is_cpu and len(g) <= _FEW_BLOCKS and not torch.is_grad_enabled():
@@ -215,7 +215,9 @@ def _inner(g: Tensor, w: Tensor) -> Tensor:
     return inner.reshape(()) if len(g) == 1 else inner
 
 
-def _attached(weight: Tensor, divisor: Divisor, u: Tensor, v: Tensor, view: View) -> Divisor:
+def _differentiable_divisor(
+    weight: Tensor, divisor: Divisor, u: Tensor, v: Tensor, view: View
+) -> Divisor:
     """Return the divisor with the same value, but dependent on the weight for autograd."""
     blocks, rows, columns = view.matrices
     product = view.to_matrices(weight).to(u.dtype) @ v.reshape(blocks, columns, 1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from snparam.matrices.sharded import Tile, gathered, placed_as
+from snparam.matrices.sharded import Tile, full_vector, sharded_like
 from snparam.matrices.views import View
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def divide_sharded(
     """
     divisor = divisor.reshape(-1).to(v.real.dtype)
     slope = slope.reshape(-1).to(divisor) if isinstance(slope, Tensor) else slope
-    gain = None if gain is None else gathered(gain)
+    gain = None if gain is None else full_vector(gain)
     out: DTensor = _DivideSharded.apply(weight, gain, divisor, slope, u, v, view)  # type: ignore[no-untyped-call]
     return out
 
@@ -62,7 +62,7 @@ class _DivideSharded(torch.autograd.Function):
         scale = 1.0 / divisor if gain is None else gain / divisor
         local = weight.to_local()
         piece = ctx.tile.to_piece(local) * ctx.tile.per_row(scale)
-        return placed_as(weight, ctx.tile.from_piece(piece, local).to(local.dtype))
+        return sharded_like(weight, ctx.tile.from_piece(piece, local).to(local.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
@@ -74,10 +74,10 @@ class _DivideSharded(torch.autograd.Function):
         g = tile.to_piece(grad.to_local()).to(u.dtype)
         w = tile.to_piece(local).to(u.dtype)
         gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
-        out, along = gradients(g, w, gain, divisor, ctx.slope, u, v, tile)
-        into = placed_as(weight, tile.from_piece(out, local).to(local.dtype))
-        into_gain = None if gain is None else along.to(gain.dtype)
-        return into, into_gain, None, None, None, None, None
+        grad_piece, inner_over_d = gradients(g, w, gain, divisor, ctx.slope, u, v, tile)
+        grad_weight = sharded_like(weight, tile.from_piece(grad_piece, local).to(local.dtype))
+        grad_gain = None if gain is None else inner_over_d.to(gain.dtype)
+        return grad_weight, grad_gain, None, None, None, None, None
 
 
 def _gradients(
@@ -108,13 +108,13 @@ def _gradients(
     inner = divisor.new_zeros(divisor.shape)
     for block, part in tile.segments():
         inner[block] = torch.vdot(g[part].reshape(-1), w[part].reshape(-1)).real
-    along = tile.reduce(inner) / divisor
+    inner_over_d = tile.reduce(inner) / divisor
     scale = 1.0 / divisor if gain is None else gain / divisor
-    here = u.reshape(-1)[tile.rows, None] * tile.per_row(slope * along * scale)
+    column = u.reshape(-1)[tile.rows, None] * tile.per_row(slope * inner_over_d * scale)
     out = g * tile.per_row(scale)
     for block, part in tile.segments():
-        out[part].addmm_(here[part], v[block, None, tile.columns].conj(), alpha=-1.0)
-    return out, along
+        out[part].addmm_(column[part], v[block, None, tile.columns].conj(), alpha=-1.0)
+    return out, inner_over_d
 
 
 def _differentiable_gradients(
@@ -131,10 +131,10 @@ def _differentiable_gradients(
     outer = u.reshape(-1)[tile.rows, None] * v[tile.blocks][:, tile.columns].conj()
     sigma = _sum_over_ranks(_by_block(outer, w, tile), tile)
     d = divisor + slope * (sigma - sigma.detach())
-    along = _sum_over_ranks(_by_block(g, w, tile), tile) / d
+    inner_over_d = _sum_over_ranks(_by_block(g, w, tile), tile) / d
     scale = 1.0 / d if gain is None else gain / d
-    rate = _to_each_rank(slope * along * scale, tile)
-    return g * tile.per_row(_to_each_rank(scale, tile)) - tile.per_row(rate) * outer, along
+    rate = _copy_to_ranks(slope * inner_over_d * scale, tile)
+    return g * tile.per_row(_copy_to_ranks(scale, tile)) - tile.per_row(rate) * outer, inner_over_d
 
 
 def _by_block(x: Tensor, y: Tensor, tile: Tile) -> Tensor:
@@ -153,9 +153,9 @@ def _sum_over_ranks(x: Tensor, tile: Tile) -> Tensor:
     return out
 
 
-def _to_each_rank(x: Tensor, tile: Tile) -> Tensor:
+def _copy_to_ranks(x: Tensor, tile: Tile) -> Tensor:
     """Return a value that is equal on all ranks, for each rank to use with its own piece."""
-    out: Tensor = _ToEachRank.apply(x, tile)  # type: ignore[no-untyped-call]
+    out: Tensor = _CopyToRanks.apply(x, tile)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -169,10 +169,10 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _to_each_rank(grad, ctx.tile), None
+        return _copy_to_ranks(grad, ctx.tile), None
 
 
-class _ToEachRank(torch.autograd.Function):
+class _CopyToRanks(torch.autograd.Function):
     """The identity; its backward sums the gradients of all ranks."""
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from snparam.conversion.wrappers import FLAT, flattens, wrapper_problem
-from snparam.estimators.completion import completed
+from snparam.estimators.completion import complete_state
 from snparam.layers.table import is_packed, layer_type, layouts_of, note_on, obstacle_in
 from snparam.layers.tensors import QUANTISE_LAST, Problem, is_lazy, reading_problem, tensor_problem
 from snparam.layers.torch_norms import Spectral, hook_behind, hooked, kind_on, spectral_on
@@ -141,7 +141,7 @@ class Weight:
             raise ValueError(self.message(problem))
         count = min(self.settings.num_svs, self.available)
         given = None if self.spectral is None else self.spectral.left_vector(self.view)
-        u, sv = completed(stack, given, None, count)
+        u, sv = complete_state(stack, given, None, count)
         dtype = compute_dtype(tensor.dtype)
         return u.to(dtype), sv.to(real_dtype(dtype))
 

@@ -13,7 +13,7 @@ from snparam.matrices.orthonormalisation import orthonormal_rows
 from snparam.matrices.sharded import ShardedStack
 
 
-def completed(
+def complete_state(
     matrices: Tensor | ShardedStack, u: Tensor | None, sv: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
     """Return the top k left singular vectors and singular values, and keep those that are given.
@@ -33,23 +33,25 @@ def completed(
     """
     if u is None or (u.shape[1] < k and isinstance(matrices, ShardedStack)):
         return convergence.converged(matrices, k)
-    given = min(u.shape[1], k)
-    if sv is None or sv.shape[1] < given:
-        _, sv = convergence.converged(matrices, given)
-    u, sv = u[:, :given], sv[:, :given]
-    if given == k:
+    kept = min(u.shape[1], k)
+    if sv is None or sv.shape[1] < kept:
+        _, sv = convergence.converged(matrices, kept)
+    u, sv = u[:, :kept], sv[:, :kept]
+    if kept == k:
         return u, sv
     assert isinstance(matrices, Tensor)
-    more, more_sv = _beside(matrices, u, k - given)
-    return torch.cat([u.to(more.dtype), more], 1), torch.cat([sv.to(more_sv.dtype), more_sv], 1)
+    further, further_sv = _further_vectors(matrices, u, k - kept)
+    return torch.cat([u.to(further.dtype), further], 1), torch.cat(
+        [sv.to(further_sv.dtype), further_sv], 1
+    )
 
 
-def _beside(matrices: Tensor, u: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _further_vectors(matrices: Tensor, u: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the top `count` left singular vectors orthogonal to the given u, and their values."""
     wide = torch.promote_types(matrices.dtype, torch.float64)
     rows = orthonormal_rows(u.to(wide))
-    rest = matrices.to(wide)
-    rest = rest - rows.mT @ (rows.conj() @ rest)
-    more, sv = convergence.converged(rest, count)
-    # Orthogonalised against u once more: where `rest` is zero, `more` may have any direction.
-    return orthonormal_rows(torch.cat([rows, more], 1))[:, u.shape[1] :], sv
+    remainder = matrices.to(wide)
+    remainder = remainder - rows.mT @ (rows.conj() @ remainder)
+    further, sv = convergence.converged(remainder, count)
+    # Orthogonalised against u once more, because a zero remainder gives vectors of any direction.
+    return orthonormal_rows(torch.cat([rows, further], 1))[:, u.shape[1] :], sv

@@ -68,9 +68,9 @@ def _top_of_matrix(
         size = min(matrix.shape)
         scaled = matrix.to(torch.promote_types(matrix.dtype, torch.float32)) / scale
         # Once the basis has a third of the dimension, the full decomposition is cheaper.
-        found = _top_by_lanczos(_Block(scaled[None], 0, 1.0), k, wide, tolerance, size // 3)
-        if found is not None:
-            return found
+        top = _top_by_lanczos(_Block(scaled[None], 0, 1.0), k, wide, tolerance, size // 3)
+        if top is not None:
+            return top
     return _top_by_gram(matrix, scale, k, wide)
 
 
@@ -153,18 +153,21 @@ class _Block:
 
     def gram(self, rows: Tensor) -> Tensor:
         """Return A x for each row x of (width, size)."""
-        there, back = (
+        first_product, second_product = (
             (left_product, right_product) if self.by_rows else (right_product, left_product)
         )
-        image = back(self.stack, there(self.stack, self._in_stack(rows)) / self.scale) / self.scale
+        image = (
+            second_product(self.stack, first_product(self.stack, self._in_stack(rows)) / self.scale)
+            / self.scale
+        )
         return image[self.block].to(rows.dtype)
 
-    def across(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def longer_side(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return singular vectors of the longer side, and sv, from those of the shorter side."""
-        there = left_product if self.by_rows else right_product
-        t = there(self.stack, self._in_stack(rows))[self.block].to(rows.dtype) / self.scale
-        across, sv = orthonormalise(t.unsqueeze(0))
-        return _fix_sign(across[0]), sv[0]
+        product = left_product if self.by_rows else right_product
+        t = product(self.stack, self._in_stack(rows))[self.block].to(rows.dtype) / self.scale
+        vectors, sv = orthonormalise(t.unsqueeze(0))
+        return _fix_sign(vectors[0]), sv[0]
 
     def _in_stack(self, rows: Tensor) -> Tensor:
         """Return vectors for the whole stack: `rows` for this block, and zeros for all others."""
@@ -179,10 +182,10 @@ def _top_by_lanczos(
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def _top_by_lanczos(
-    matrix: _Block, k: int, wide: torch.dtype, tolerance: float, most: int
+    matrix: _Block, k: int, wide: torch.dtype, tolerance: float, max_vectors: int
 ) -> tuple[Tensor, Tensor] | None: ...
 def _top_by_lanczos(
-    matrix: _Block, k: int, wide: torch.dtype, tolerance: float, most: int | None = None
+    matrix: _Block, k: int, wide: torch.dtype, tolerance: float, max_vectors: int | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """Return u (k, m) and sv (k,) of a matrix by block Lanczos on its Gram operator.
 
@@ -195,8 +198,8 @@ def _top_by_lanczos(
         k: number of vectors.
         wide: dtype of the basis.
         tolerance: residual at which it stops, relative to the largest Ritz value.
-        most: number of basis vectors at which it gives up, or None to go on until the basis is
-            complete.
+        max_vectors: number of basis vectors at which it gives up, or None to go on until the basis
+            is complete.
 
     Returns:
         u and sv, or None if it gave up.
@@ -218,7 +221,7 @@ def _top_by_lanczos(
         width = min(width, size - basis.shape[0])
         if done or width == 0:
             break
-        if most is not None and basis.shape[0] + width > most:
+        if max_vectors is not None and basis.shape[0] + width > max_vectors:
             return None
         block = image[:width]
         for _ in range(2):  # two passes are enough for orthogonality (Parlett 1980)
@@ -227,8 +230,8 @@ def _top_by_lanczos(
         basis = torch.cat([basis, block])
     # sv comes from a product: the roots of the Ritz values are off by √eps σ₁ where singular
     # values are small.
-    across, sv = matrix.across(ritz)
-    return (_fix_sign(ritz) if matrix.by_rows else across), sv
+    longer_side, sv = matrix.longer_side(ritz)
+    return (_fix_sign(ritz) if matrix.by_rows else longer_side), sv
 
 
 def _quasi_random(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -241,6 +244,6 @@ def _quasi_random(rows: int, columns: int, device: torch.device, dtype: torch.dt
 
 def _fix_sign(rows: Tensor) -> Tensor:
     """Multiply each row by the phase that makes its entry of largest magnitude positive."""
-    at = rows.abs().argmax(-1, keepdim=True)
-    phase = torch.sgn(rows.gather(-1, at))
+    position = rows.abs().argmax(-1, keepdim=True)
+    phase = torch.sgn(rows.gather(-1, position))
     return rows * torch.where(phase == 0, torch.ones_like(phase), phase.conj())

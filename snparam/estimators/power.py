@@ -22,7 +22,7 @@ from snparam.matrices.orthonormalisation import (
     unit_rows,
 )
 from snparam.matrices.products import Stack, left_product, right_product
-from snparam.matrices.sharded import ShardedStack, reduced_together
+from snparam.matrices.sharded import ShardedStack, reduce_jointly
 
 
 class BlockIteration(Estimator):
@@ -38,14 +38,14 @@ class BlockIteration(Estimator):
         """Return converged u and sv, the same in every run."""
         return convergence.converged(stack, k)
 
-    def finish(self, t: Tensor, v: Tensor, before: Tensor, eps: float) -> Estimate:
+    def finish(self, t: Tensor, v: Tensor, previous_u: Tensor, eps: float) -> Estimate:
         """Return the estimate of a step, from its T = V Wᵀ.
 
         Args:
             t: T, (b, k, m); it may be overwritten.
             v: (b, k, n), orthonormal rows.
-            before: the u (b, k, m) that the step began with; a matrix of zeros, or with NaN or inf,
-                keeps it.
+            previous_u: the u (b, k, m) that the step began with; a matrix of zeros, or with NaN or
+                inf, keeps it.
             eps: floor under the norms that are divided by.
         """
         raise NotImplementedError
@@ -67,20 +67,20 @@ class BlockIteration(Estimator):
         if len(sharded) > 1:
             return self._move_sharded(sharded, list(us), steps, eps)
         if len(stacks) == 1:
-            return [self._moved(stacks[0], us[0], steps, eps)]
+            return [self._move_stack(stacks[0], us[0], steps, eps)]
         dense = [stack for stack in stacks if isinstance(stack, Tensor)]
-        found = self._moved(torch.cat(dense), torch.cat(list(us)), steps, eps)
+        joined = self._move_stack(torch.cat(dense), torch.cat(list(us)), steps, eps)
         blocks = dense[0].shape[0]
-        parts = [torch.split(part, blocks) for part in found]
+        parts = [torch.split(part, blocks) for part in joined]
         if blocks == 1:
             parts[3] = tuple(sigma.view(()) for sigma in parts[3])
         return [Estimate(*part) for part in zip(*parts, strict=True)]
 
-    def _moved(self, stack: Tensor | Stack, u: Tensor, steps: int, eps: float) -> Estimate:
+    def _move_stack(self, stack: Tensor | Stack, u: Tensor, steps: int, eps: float) -> Estimate:
         for _ in range(steps):
-            found = self.step(stack, u, eps)
-            u = found.u
-        return found
+            estimate = self.step(stack, u, eps)
+            u = estimate.u
+        return estimate
 
     def _move_sharded(
         self, stacks: list[ShardedStack], us: list[Tensor], steps: int, eps: float
@@ -91,14 +91,16 @@ class BlockIteration(Estimator):
         until the vectors have millions of entries.
         """
         for _ in range(steps):
-            xs = reduced_together(stacks, [s.left_here(u) for s, u in zip(stacks, us, strict=True)])
-            vs = [right_vectors(x, eps) for x in xs]
-            ts = reduced_together(
-                stacks, [s.right_here(v) for s, v in zip(stacks, vs, strict=True)]
+            xs = reduce_jointly(
+                stacks, [s.left_summand(u) for s, u in zip(stacks, us, strict=True)]
             )
-            found = [self.finish(t, v, u, eps) for t, v, u in zip(ts, vs, us, strict=True)]
-            us = [each.u for each in found]
-        return found
+            vs = [right_vectors(x, eps) for x in xs]
+            ts = reduce_jointly(
+                stacks, [s.right_summand(v) for s, v in zip(stacks, vs, strict=True)]
+            )
+            estimates = [self.finish(t, v, u, eps) for t, v, u in zip(ts, vs, us, strict=True)]
+            us = [estimate.u for estimate in estimates]
+        return estimates
 
 
 class PowerIteration(BlockIteration):
@@ -109,19 +111,19 @@ class PowerIteration(BlockIteration):
 
     name = "power"
 
-    def finish(self, t: Tensor, v: Tensor, before: Tensor, eps: float) -> Estimate:
+    def finish(self, t: Tensor, v: Tensor, previous_u: Tensor, eps: float) -> Estimate:
         """Return the estimate of a step, with U = orth(T)."""
         if t.shape[1] > 1:
             u, sv = orthonormalise(t, eps)
             usable = positive(sv[:, :1].unsqueeze(-1))
-            u = u if usable is None else torch.where(usable, u, before)
+            u = u if usable is None else torch.where(usable, u, previous_u)
             return Estimate.of(u, v, sv)
         norm = row_norms(t)
         usable = positive(norm)
         length = norm
         if usable is not None:
             length = torch.where(usable, norm, 1.0)
-            t = torch.where(usable, t, before)
+            t = torch.where(usable, t, previous_u)
         u = scaled_rows(t, length, eps)
         if eps > 0:
             floored = (length / eps).clamp_max(1.0)
@@ -142,7 +144,7 @@ def right_vectors(x: Tensor, eps: float = 0.0) -> Tensor:
     """
     if x.shape[1] > 1:
         return orthonormal_rows(x, eps)
-    return unit_rows(x, eps, instead=x.shape[2] ** -0.5)
+    return unit_rows(x, eps, fill=x.shape[2] ** -0.5)
 
 
 POWER = PowerIteration()

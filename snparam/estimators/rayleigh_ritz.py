@@ -39,23 +39,23 @@ class RayleighRitz(BlockIteration):
 
     name = "rayleigh-ritz"
 
-    def finish(self, t: Tensor, v: Tensor, before: Tensor, eps: float) -> Estimate:
+    def finish(self, t: Tensor, v: Tensor, previous_u: Tensor, eps: float) -> Estimate:
         """Return the estimate of a step, with U and V rotated.
 
         T = Rᵀ X, where X has orthonormal rows, and R = P Σ Qᴴ. Since conj(X) W Vᵀ = R, U becomes
         Pᵀ X, V becomes Qᵀ V, and sv becomes Σ.
         """
         if t.shape[1] == 1:
-            return POWER.finish(t, v, before, eps)
+            return POWER.finish(t, v, previous_u, eps)
         rows, r = triangular(t)
         finite = r.isfinite().all(-1).all(-1)[:, None]
         p, values, q = small_svd(torch.where(finite[..., None], r, 0.0))
         sv = torch.where(finite, values, torch.nan)
-        u, turned = p.mT @ rows, q.mT @ v
+        u, rotated_v = p.mT @ rows, q.mT @ v
         usable = positive(sv[:, :1].unsqueeze(-1))
         if usable is not None:
-            u, turned = torch.where(usable, u, before), torch.where(usable, turned, v)
-        return Estimate.of(u, turned, sv)
+            u, rotated_v = torch.where(usable, u, previous_u), torch.where(usable, rotated_v, v)
+        return Estimate.of(u, rotated_v, sv)
 
 
 register_estimator(RayleighRitz())
@@ -74,27 +74,27 @@ def small_svd(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         P (b, k, k), the diagonal (b, k) of Σ, and Q (b, k, k).
     """
-    p, values, q = _by_lapack(r) if reads_freely(r) else _by_jacobi(r)
+    p, values, q = _svd_by_lapack(r) if reads_freely(r) else _svd_by_jacobi(r)
     diagonal = p.diagonal(dim1=-2, dim2=-1)
     phase = torch.sgn(diagonal) + (diagonal == 0)  # a phase of 0 would erase the vector
     p, q = p * phase.conj().unsqueeze(-2), q * phase.conj().unsqueeze(-2)
     lengths = r.diagonal(dim1=-2, dim2=-1).real
     largest = lengths.amax(-1)
-    beside = (r - torch.diag_embed(lengths).to(r.dtype)).abs().amax((-2, -1))
+    off_diagonal = (r - torch.diag_embed(lengths).to(r.dtype)).abs().amax((-2, -1))
     rounding = _ROUNDING * torch.finfo(r.dtype).eps * largest
     descends = (lengths.diff(dim=-1) <= rounding.unsqueeze(-1)).all(-1)
-    keep = (descends & (beside <= rounding))[:, None, None]
+    is_decomposed = (descends & (off_diagonal <= rounding))[:, None, None]
     identity = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
-    p, q = torch.where(keep, identity, p), torch.where(keep, identity, q)
-    return p, torch.where(keep[..., 0], lengths, values), q
+    p, q = torch.where(is_decomposed, identity, p), torch.where(is_decomposed, identity, q)
+    return p, torch.where(is_decomposed[..., 0], lengths, values), q
 
 
-def _by_lapack(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _svd_by_lapack(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     p, values, q = torch.linalg.svd(r)
     return p, values, q.mH
 
 
-def _by_jacobi(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _svd_by_jacobi(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the decomposition by one-sided Jacobi, in a fixed number of operations.
 
     A device's own decomposition may wait for the host, and a tracer cannot record one that does.
@@ -106,11 +106,11 @@ def _by_jacobi(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for _ in range(_SWEEPS):
         for first, second in _disjoint_pairs(r.shape[-1]):
             rotation = _rotation(a[..., first], a[..., second])
-            a = _rotated(a, first, second, rotation)
-            q = _rotated(q, first, second, rotation)
+            a = _rotate_columns(a, first, second, rotation)
+            q = _rotate_columns(q, first, second, rotation)
     values, order = torch.linalg.vector_norm(a, dim=-2).sort(dim=-1, descending=True)
-    take = order.unsqueeze(-2).expand_as(a)
-    a, q = a.gather(-1, take), q.gather(-1, take)
+    index = order.unsqueeze(-2).expand_as(a)
+    a, q = a.gather(-1, index), q.gather(-1, index)
     # The columns of `a` are P Σ. Where one is zero, the orthonormalisation makes a column of P for
     # it, so that P is unitary.
     rows, _ = triangular(a.mT)
@@ -119,17 +119,17 @@ def _by_jacobi(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _disjoint_pairs(k: int) -> list[tuple[list[int], list[int]]]:
     """Return all pairs of k columns, in rounds whose pairs have no column in common."""
-    left = list(combinations(range(k), 2))
+    remaining = list(combinations(range(k), 2))
     rounds = []
-    while left:
-        taken: set[int] = set()
-        now = []
-        for pair in left:
-            if not taken & set(pair):
-                taken |= set(pair)
-                now.append(pair)
-        left = [pair for pair in left if pair not in now]
-        rounds.append(([i for i, _ in now], [j for _, j in now]))
+    while remaining:
+        used_columns: set[int] = set()
+        round_pairs = []
+        for pair in remaining:
+            if not used_columns & set(pair):
+                used_columns |= set(pair)
+                round_pairs.append(pair)
+        remaining = [pair for pair in remaining if pair not in round_pairs]
+        rounds.append(([i for i, _ in round_pairs], [j for _, j in round_pairs]))
     return rounds
 
 
@@ -137,9 +137,9 @@ def _rotation(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return cosine, sine and phase (b, 1, p) that make columns x and y (b, k, p) orthogonal."""
     xx, yy = (x.conj() * x).sum(-2, keepdim=True).real, (y.conj() * y).sum(-2, keepdim=True).real
     xy = (x.conj() * y).sum(-2, keepdim=True)
-    size = xy.abs()
-    small = size <= torch.finfo(x.dtype).eps * 0.5 * (xx * yy).sqrt()
-    safe = torch.where(small, 1.0, size)
+    magnitude = xy.abs()
+    small = magnitude <= torch.finfo(x.dtype).eps * 0.5 * (xx * yy).sqrt()
+    safe = torch.where(small, 1.0, magnitude)
     zeta = (yy - xx) / (2 * safe)
     tangent = torch.copysign(1 / (zeta.abs() + (1 + zeta * zeta).sqrt()), zeta)
     tangent = torch.where(small, 0.0, tangent)
@@ -148,7 +148,7 @@ def _rotation(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cosine, cosine * tangent, phase
 
 
-def _rotated(
+def _rotate_columns(
     a: Tensor, first: list[int], second: list[int], rotation: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
     """Return a (b, k, k) with its columns `first` and `second` rotated, pair by pair."""
@@ -156,6 +156,6 @@ def _rotated(
     x, y = a[..., first], a[..., second] * phase
     columns = list(a.unbind(-1))
     new_x, new_y = cosine * x - sine * y, sine * x + cosine * y
-    for at, (i, j) in enumerate(zip(first, second, strict=True)):
-        columns[i], columns[j] = new_x[..., at], new_y[..., at]
+    for position, (i, j) in enumerate(zip(first, second, strict=True)):
+        columns[i], columns[j] = new_x[..., position], new_y[..., position]
     return torch.stack(columns, -1)

@@ -68,13 +68,13 @@ def triangular(x: Tensor) -> tuple[Tensor, Tensor]:
     return (q * phase.unsqueeze(-2)).mT, r * phase.conj().unsqueeze(-1)
 
 
-def unit_rows(x: Tensor, eps: float, instead: float) -> Tensor:
-    """Normalise rows (b, 1, n) in place; a row of zeros, or with NaN, is filled with `instead`."""
+def unit_rows(x: Tensor, eps: float, fill: float) -> Tensor:
+    """Normalise rows (b, 1, n) in place; a row of zeros, or with NaN, is filled with `fill`."""
     norm = row_norms(x)
     x = scaled_rows(x, norm, eps)
-    # In a complex entry the real and the imaginary part are replaced each, so `instead` is its
+    # In a complex entry the real and the imaginary part are replaced each, so `fill` is its
     # magnitude.
-    return x.nan_to_num_(nan=instead * 0.5**0.5 if x.is_complex() else instead)
+    return x.nan_to_num_(nan=fill * 0.5**0.5 if x.is_complex() else fill)
 
 
 def row_norms(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 _MANY_ROWS, _MANY_PRODUCTS = 8, 12 << 20
 
 # The number of entries from which a matrix outgrows one core's cache.
-_WORTH_PARTING = 1 << 19
+_MIN_BANDED_ENTRIES = 1 << 19
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,17 +78,17 @@ def left_product(stack: Tensor | Stack, u: Tensor) -> Tensor:
         return stack.left(u)
     if u.shape[:2] == (1, 1):  # BLAS does a matrix-vector product best
         return torch.mv(stack[0].mH, u.view(-1)).view(1, 1, -1)
-    other = stack.conj() if stack.is_complex() else stack
-    pieces = _pieces(stack)
-    if pieces == 1:
-        return torch.bmm(u, other)
-    k, (rows, columns) = u.shape[1], (stack.shape[1] // pieces, stack.shape[2])
-    apart = u.reshape(k, pieces, rows).transpose(0, 1)
-    parts = torch.bmm(apart, other.view(pieces, rows, columns))
-    return parts.sum(0, keepdim=True) if pieces > 2 else parts[:1].add_(parts[1:])
+    conjugate = stack.conj() if stack.is_complex() else stack
+    bands = _row_bands(stack)
+    if bands == 1:
+        return torch.bmm(u, conjugate)
+    k, (rows, columns) = u.shape[1], (stack.shape[1] // bands, stack.shape[2])
+    u_bands = u.reshape(k, bands, rows).transpose(0, 1)
+    products = torch.bmm(u_bands, conjugate.view(bands, rows, columns))
+    return products.sum(0, keepdim=True) if bands > 2 else products[:1].add_(products[1:])
 
 
-def _pieces(stack: Tensor) -> int:
+def _row_bands(stack: Tensor) -> int:
     """Return the number of bands of rows into which to split W for U W: on a CPU, one a thread.
 
     The products with the bands are summed afterwards. BLAS would give each thread some of the
@@ -98,13 +98,13 @@ def _pieces(stack: Tensor) -> int:
     EPYC; matrices of few rows gain nothing.
     """
     blocks, rows, columns = stack.shape
-    if stack.device.type != "cpu" or blocks > 1 or rows * columns < _WORTH_PARTING:
+    if stack.device.type != "cpu" or blocks > 1 or rows * columns < _MIN_BANDED_ENTRIES:
         return 1
     if torch.compiler.is_compiling() or not stack.is_contiguous():
         return 1  # a graph cannot ask for the number of threads, which may differ when it runs
     threads = torch.get_num_threads()
-    enough = 64 * threads if rows >= columns else 256 * threads
-    return threads if rows >= enough and rows % threads == 0 else 1
+    min_rows = 64 * threads if rows >= columns else 256 * threads
+    return threads if rows >= min_rows and rows % threads == 0 else 1
 
 
 def right_product(stack: Tensor | Stack, v: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Each rank multiplies the piece of the matrix that it has, and the ranks communicate only vectors of
 as many entries as the matrix has rows or columns. No rank ever holds the weight. The functions that
-communicate (`gathered`, `reduced_together`, `Tile.reduce`, and `left`, `right` and `largest` of a
+communicate (`full_vector`, `reduce_jointly`, `Tile.reduce`, and `left`, `right` and `largest` of a
 `ShardedStack`) are collective: all ranks of the mesh have to call them.
 """
 
@@ -45,10 +45,10 @@ def is_fully_sharded(tensor: Tensor, modules: Iterable[nn.Module]) -> bool:
     )
 
 
-def gathered(vector: Tensor) -> Tensor:
+def full_vector(vector: Tensor) -> Tensor:
     """Return a vector of a few entries, such as a gain, whole on every rank of its mesh."""
-    whole: Tensor = vector.full_tensor() if is_sharded(vector) else vector  # type: ignore[attr-defined]
-    return whole
+    full: Tensor = vector.full_tensor() if is_sharded(vector) else vector  # type: ignore[attr-defined]
+    return full
 
 
 class ShardedStack:
@@ -86,34 +86,30 @@ class ShardedStack:
         self.rows, self.columns = self.tile.rows, self.tile.columns
         self.piece = self.tile.to_piece(local).to(dtype)
 
-    def is_complex(self) -> bool:
-        """Return whether the entries are complex."""
-        return self.dtype.is_complex
-
     def left(self, u: Tensor) -> Tensor:
         """Return U conj(W), (b, k, n), for u (b, k, m)."""
-        return self.tile.reduce(self.left_here(u))
+        return self.tile.reduce(self.left_summand(u))
 
     def right(self, v: Tensor) -> Tensor:
         """Return V Wᵀ, (b, k, m), for v (b, k, n)."""
-        return self.tile.reduce(self.right_here(v))
+        return self.tile.reduce(self.right_summand(v))
 
-    def left_here(self, u: Tensor) -> Tensor:
+    def left_summand(self, u: Tensor) -> Tensor:
         """Return this rank's summand of `left`."""
         blocks, rows, columns = self.shape
         out = u.new_zeros((blocks, u.shape[1], columns))
         for block, part in self.tile.segments():
-            here = u[block][:, self.rows[part] - block * rows]
-            out[block][:, self.columns] = here @ self.piece[part].conj()
+            u_entries = u[block][:, self.rows[part] - block * rows]
+            out[block][:, self.columns] = u_entries @ self.piece[part].conj()
         return out
 
-    def right_here(self, v: Tensor) -> Tensor:
+    def right_summand(self, v: Tensor) -> Tensor:
         """Return this rank's summand of `right`."""
         blocks, rows, _ = self.shape
         out = v.new_zeros((blocks, v.shape[1], rows))
         for block, part in self.tile.segments():
-            here = v[block][:, self.columns] @ self.piece[part].mT
-            out[block][:, self.rows[part] - block * rows] = here
+            product = v[block][:, self.columns] @ self.piece[part].mT
+            out[block][:, self.rows[part] - block * rows] = product
         return out
 
     def outer(self, u: Tensor, v: Tensor) -> Tensor:
@@ -124,7 +120,7 @@ class ShardedStack:
             v: (b, n).
         """
         rows, columns = u.reshape(-1)[self.rows, None], v[self.tile.blocks][:, self.columns]
-        return placed_as(
+        return sharded_like(
             self.weight, self.tile.from_piece(rows * columns.conj(), self.weight.to_local())
         )
 
@@ -135,7 +131,7 @@ class ShardedStack:
         return float(self.tile.reduce(largest.reshape(1), dist.ReduceOp.MAX))
 
 
-def reduced_together(stacks: list[ShardedStack], parts: list[Tensor]) -> list[Tensor]:
+def reduce_jointly(stacks: list[ShardedStack], parts: list[Tensor]) -> list[Tensor]:
     """Return each part summed over the ranks, all of them reduced as one vector.
 
     Args:
@@ -170,10 +166,10 @@ class Tile:
             if not placement.is_replicate()
         ]
         device = weight.to_local().device
-        at = _place(
+        location = _locate_shard(
             view.shape, view.split, view.order, view.stack_axes, view.row_axes, mesh, placements
         )
-        row_axes, column_axes, shape, offset, self._segments = at
+        row_axes, column_axes, shape, offset, self._segments = location
         self.axes = (*row_axes, *column_axes)
         self.rows = _indices(view.shape, shape, offset, row_axes, device)
         self.columns = _indices(view.shape, shape, offset, column_axes, device)
@@ -209,7 +205,7 @@ class Tile:
 
 
 @torch_private.constant_while_compiling
-def _place(
+def _locate_shard(
     shape: tuple[int, ...],
     split: tuple[int, ...],
     order: tuple[int, ...],
@@ -229,13 +225,13 @@ def _place(
         start and end delimit them among the shard's rows.
     """
     view = View(shape, split, order, stack_axes, row_axes)
-    rows_on, columns_on = _axes_of(view)
+    axes_of_rows, axes_of_columns = _axes_of(view)
     local, offset = torch_private.local_shape_and_offset(shape, mesh, placements)
-    rows = _indices(shape, local, offset, rows_on, torch.device("cpu"))
+    rows = _indices(shape, local, offset, axes_of_rows, torch.device("cpu"))
     bounds = torch.arange(view.matrices[0] + 1) * view.matrices[1]
     pairs = enumerate(pairwise(torch.searchsorted(rows, bounds).tolist()))
     segments = tuple((block, *pair) for block, pair in pairs if pair[0] < pair[1])
-    return tuple(rows_on), tuple(columns_on), local, offset, segments
+    return tuple(axes_of_rows), tuple(axes_of_columns), local, offset, segments
 
 
 def _axes_of(view: View) -> tuple[list[int], list[int]]:
@@ -247,15 +243,15 @@ def _axes_of(view: View) -> tuple[list[int], list[int]]:
     """
     row_axes: list[int] = []
     column_axes: list[int] = []
-    first = view.stack_axes + view.row_axes
-    in_rows = set(view.order[:first])
-    split = 0
+    column_start = view.stack_axes + view.row_axes
+    in_rows = set(view.order[:column_start])
+    split_axis = 0
     for axis, length in enumerate(view.shape):
         parts, size = [], 1
-        while split < len(view.split) and (size < length or view.split[split] == 1):
-            size *= view.split[split]
-            parts.append(split)
-            split += 1
+        while split_axis < len(view.split) and (size < length or view.split[split_axis] == 1):
+            size *= view.split[split_axis]
+            parts.append(split_axis)
+            split_axis += 1
         kinds = {part in in_rows for part in parts if view.split[part] > 1}
         if len(kinds) > 1:
             raise ValueError(
@@ -286,12 +282,12 @@ def _indices(
     """
     index = torch.zeros(1, dtype=torch.long, device=device)
     for axis in axes:
-        along = torch.arange(offset[axis], offset[axis] + local[axis], device=device)
-        index = (index[:, None] * shape[axis] + along).reshape(-1)
+        axis_indices = torch.arange(offset[axis], offset[axis] + local[axis], device=device)
+        index = (index[:, None] * shape[axis] + axis_indices).reshape(-1)
     return index
 
 
-def placed_as(weight: DTensor, local: Tensor) -> DTensor:
+def sharded_like(weight: DTensor, local: Tensor) -> DTensor:
     """Return the DTensor that has `local` as this rank's shard, placed as the weight is."""
     from torch.distributed.tensor import DTensor
 

@@ -64,7 +64,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Result = TypeVar("_Result")
 
 
-def _rests_on(
+def _requires(
     *names: str, purpose: str, without: str, unchanged: Callable[[], bool] = lambda: True
 ) -> Callable[[_Function], _Function]:
     """Return a decorator that lists private names, and replaces a function if one is gone.
@@ -118,7 +118,7 @@ def _refusal(problem: str, purpose: str, without: str) -> RuntimeError:
     )
 
 
-def _as_it_is(user: str, name: str, purpose: str, without: str) -> Any:
+def _torch_function(user: str, name: str, purpose: str, without: str) -> Any:
     """List a private function of torch's and return it, or a function that raises if it is gone.
 
     Every forward calls such a function, and a function of this file around it would cost more.
@@ -127,11 +127,11 @@ def _as_it_is(user: str, name: str, purpose: str, without: str) -> Any:
     def function(*_: object) -> None: ...
 
     function.__name__ = user
-    found = _rests_on(name, purpose=purpose, without=without)(function)
-    return _value(name) if found is function else found
+    checked = _requires(name, purpose=purpose, without=without)(function)
+    return _value(name) if checked is function else checked
 
 
-def _given(name: str, purpose: str, without: str) -> Callable[[Callable[..., _Result]], Any]:
+def _passes_value(name: str, purpose: str, without: str) -> Callable[[Callable[..., _Result]], Any]:
     """Return a decorator that lists a private name of a module `import torch` does not load.
 
     Each call of the decorated function looks the name up, and passes its value as the first
@@ -161,50 +161,50 @@ def _given(name: str, purpose: str, without: str) -> Callable[[Callable[..., _Re
 _NO_FORWARDS = "no forward of a normalised layer runs without it"
 _NO_MODES = "under a TorchDispatchMode no forward of a normalised layer runs without it"
 
-functorch_is_active: Callable[[], bool] = _as_it_is(
+functorch_is_active: Callable[[], bool] = _torch_function(
     "functorch_is_active",
     "torch._C._are_functorch_transforms_active",
     "tells whether a transform of torch.func runs, in which a tensor may stand for many",
     _NO_FORWARDS,
 )
-is_batch_of_gradients: Callable[[Tensor], bool] = _as_it_is(
+is_batch_of_gradients: Callable[[Tensor], bool] = _torch_function(
     "is_batch_of_gradients",
     "torch._C._functorch.is_legacy_batchedtensor",
     "tells a tensor that stands for many in torch.autograd.grad(..., is_grads_batched=True)",
     _NO_FORWARDS,
 )
-tracing_state: Callable[[], object | None] = _as_it_is(
+tracing_state: Callable[[], object | None] = _torch_function(
     "tracing_state",
     "torch._C._get_tracing_state",
     "tells whether torch.jit.trace records, which takes a number that is read for a constant",
     _NO_FORWARDS,
 )
-dispatch_mode_count: Callable[[], int] = _as_it_is(
+dispatch_mode_count: Callable[[], int] = _torch_function(
     "dispatch_mode_count",
     "torch._C._len_torch_dispatch_stack",
     "tells whether a TorchDispatchMode looks on",
     _NO_FORWARDS,
 )
-function_mode_count: Callable[[], int] = _as_it_is(
+function_mode_count: Callable[[], int] = _torch_function(
     "function_mode_count",
     "torch._C._len_torch_function_stack",
     "tells whether a TorchFunctionMode looks on",
     _NO_FORWARDS,
 )
 # It returns a number that differs between backward passes, and -1 outside of them.
-backward_pass: Callable[[], int] = _as_it_is(
+backward_pass: Callable[[], int] = _torch_function(
     "backward_pass",
     "torch._C._current_graph_task_id",
     "tells a forward that a backward pass recomputes, which moves no state, from one of its own",
     _NO_FORWARDS,
 )
-dispatch_modes: Callable[[], list[Any]] = _as_it_is(
+dispatch_modes: Callable[[], list[Any]] = _torch_function(
     "dispatch_modes",
     "torch.utils._python_dispatch._get_current_dispatch_mode_stack",
     "tells which modes look on",
     _NO_MODES,
 )
-without_dispatch_modes: Callable[[], AbstractContextManager[Any]] = _as_it_is(
+without_dispatch_modes: Callable[[], AbstractContextManager[Any]] = _torch_function(
     "without_dispatch_modes",
     "torch.utils._python_dispatch._disable_current_modes",
     "hides the power iteration from selective checkpointing, which would replay the products of a "
@@ -213,7 +213,7 @@ without_dispatch_modes: Callable[[], AbstractContextManager[Any]] = _as_it_is(
 )
 
 
-@_rests_on(
+@_requires(
     "torch.utils._python_dispatch.TorchDispatchMode.is_infra_mode",
     purpose="tells a mode that traces or fakes operations from one that only watches them",
     without=_NO_MODES,
@@ -223,7 +223,7 @@ def is_tracing(mode: Any) -> bool:
     return bool(mode.is_infra_mode())
 
 
-@_rests_on(
+@_requires(
     "torch.utils.checkpoint._CachingTorchDispatchMode",
     "torch.utils.checkpoint._CachedTorchDispatchMode",
     purpose="recognises selective checkpointing, which saves some operations and replays them",
@@ -235,7 +235,7 @@ def is_selective(mode: Any) -> bool:
     return isinstance(mode, modes)
 
 
-@_rests_on(
+@_requires(
     "torch.autograd.forward_ad._current_level",
     purpose="tells whether forward-mode AD runs, for which custom backward formulas are not enough",
     without=_NO_FORWARDS,
@@ -245,7 +245,7 @@ def forward_ad_is_active() -> bool:
     return forward_ad._current_level >= 0
 
 
-@_rests_on(
+@_requires(
     "torch._foreach_copy_",
     purpose="stores the states of many small weights by one launch on an accelerator",
     without="no optimizer moves the states with update='step' without it",
@@ -258,7 +258,7 @@ def copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:
 # Modules and parametrizations.
 
 
-@_rests_on(
+@_requires(
     "torch.nn.utils.parametrize._cache_enabled",
     purpose="tells whether parametrize.cached() is on, which expects each weight to be made",
     without=_NO_FORWARDS,
@@ -268,7 +268,7 @@ def parametrizations_are_cached() -> bool:
     return bool(parametrize._cache_enabled)
 
 
-@_rests_on(
+@_requires(
     "torch.nn.utils.parametrize._register_parameter_or_buffer",
     purpose="lets the original of a weight stay the object that it was",
     without="no weight is registered without it",
@@ -281,7 +281,7 @@ def register_original(parametrization_list: nn.Module, original: Tensor) -> None
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-@_rests_on(
+@_requires(
     *(f"torch.nn.modules.module._global{table}" for table in _CALL_HOOKS),
     purpose="tells whether hooks look at the calls of all modules",
     without=_NO_FORWARDS,
@@ -296,7 +296,7 @@ def has_call_hooks(module: nn.Module) -> bool:
     return any(getattr(module, table) for table in _CALL_HOOKS)
 
 
-@_rests_on(
+@_requires(
     "torch.nn.utils.parametrizations._SpectralNorm",
     purpose="recognises torch's own spectral norm, to take its place and its vectors over",
     without="no parametrized weight is planned or converted without it",
@@ -311,7 +311,7 @@ def _recurrent_layers_compute_with_a_list() -> bool:
     return all("_flat_weights" in inspect.unwrap(f).__code__.co_names for f in forwards)
 
 
-@_rests_on(
+@_requires(
     "torch.nn.RNNBase._init_flat_weights",
     purpose="gives recurrent layers their normalised weights, by the list that they compute with",
     without="no weight of a recurrent layer is registered without it",
@@ -327,7 +327,7 @@ def check_recurrent_layers() -> None:
 _NO_REGIONS = "no normalised layer runs in a checkpointed region or a backward pass without it"
 
 
-@_rests_on(
+@_requires(
     "torch._C._autograd._top_saved_tensors_default_hooks",
     purpose="tells a checkpointed region, in which autograd saves tensors by hooks of its own",
     without=_NO_FORWARDS,
@@ -338,7 +338,7 @@ def innermost_saved_tensors_hook() -> Any:
     return None if pair is None else pair[0]
 
 
-@_rests_on(
+@_requires(
     "torch._C._autograd._pop_saved_tensors_default_hooks",
     "torch._C._autograd._push_saved_tensors_default_hooks",
     purpose="finds the checkpointed regions around the innermost",
@@ -364,11 +364,11 @@ def _closes_over(hook: Any, function: str, variable: str) -> bool:
 
 def _hooks_keep_runs() -> bool:
     """Return whether checkpointing's hooks close over the variables that lead to a run."""
-    begun, repeated = checkpoint._checkpoint_hook, checkpoint._recomputation_hook
+    forward_hook, recomputation_hook = checkpoint._checkpoint_hook, checkpoint._recomputation_hook
     return (
-        _closes_over(begun, "pack_hook", "frame")
-        and _closes_over(begun, "unpack_hook", "frame")
-        and _closes_over(repeated, "pack_hook", "target_frame_ref")
+        _closes_over(forward_hook, "pack_hook", "frame")
+        and _closes_over(forward_hook, "unpack_hook", "frame")
+        and _closes_over(recomputation_hook, "pack_hook", "target_frame_ref")
     )
 
 
@@ -378,7 +378,7 @@ _FINDS_RUNS = (
 )
 
 
-@_rests_on(
+@_requires(
     "torch.utils.checkpoint._checkpoint_hook",
     "torch.utils.checkpoint._recomputation_hook",
     purpose=_FINDS_RUNS,
@@ -424,7 +424,7 @@ def _is_reentrant_function() -> bool:
                for code in (forward, backward))  # fmt: skip
 
 
-@_rests_on(
+@_requires(
     "torch.utils.checkpoint.CheckpointFunction",
     purpose=_FINDS_RUNS,
     without=_NO_REGIONS,
@@ -447,7 +447,7 @@ def reentrant_run(frame: FrameType) -> tuple[Any, bool] | None:
     return (context, name == "backward") if hasattr(context, "run_function") else None
 
 
-@_given(
+@_passes_value(
     "torch._dynamo.variables.higher_order_ops.CheckpointHigherOrderVariable",
     "tells a checkpointed region that is compiled, whose recomputation repeats all that is in it",
     "no network with such a region is compiled without it",
@@ -469,7 +469,7 @@ def constant_while_compiling(function: _Function) -> _Function:
 # Sharded tensors.
 
 
-@_given(
+@_passes_value(
     "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
     "tells which part of a sharded weight lies on a rank",
     "no sharded weight is normalised without it",

@@ -59,7 +59,7 @@ class View:
                 None for the weight itself.
         """
         order = self.order_for(weight if like is None else like)
-        if order == self._in_place:
+        if order == self._identity_order:
             return weight.reshape(self.matrices)
         return weight.reshape(self.split).permute(order).reshape(self.matrices)
 
@@ -77,7 +77,7 @@ class View:
             like: tensor of shape `shape`.
         """
         order = self.order_for(like)
-        if order == self._in_place:
+        if order == self._identity_order:
             return matrices if matrices.shape == self.shape else matrices.reshape(self.shape)
         inverse = [order.index(axis) for axis in range(len(order))]
         permuted = [self.split[axis] for axis in order]
@@ -86,10 +86,10 @@ class View:
     @cached_property
     def is_plain(self) -> bool:
         """True where a view of one block reads the weight as it is."""
-        return len(self.shape) == 2 and self.order == self._in_place
+        return len(self.shape) == 2 and self.order == self._identity_order
 
     @cached_property
-    def _in_place(self) -> tuple[int, ...]:
+    def _identity_order(self) -> tuple[int, ...]:
         """Identity permutation of the axes of `split`."""
         return tuple(range(len(self.split)))
 
@@ -159,7 +159,7 @@ class Layout:
                 fit `kind` or `into`.
         """
         shape = tuple(shape)
-        axes = shape if self.into is None else _reshaped(shape, self.into)
+        axes = shape if self.into is None else _fill_shape(shape, self.into)
         if self.kind in ("stack", "stack_columns"):
             return self._stack(shape, axes, self._parts(axes, blocks))
         count = self.natural if blocks == "auto" else 1 if blocks is None else blocks
@@ -214,8 +214,8 @@ class Layout:
             order = (0, 2, 3, 1, *range(4, len(split)))
             # With one group axis 0 has length 1, so axes 0 and 2 together count the blocks; with
             # more groups and one block, all of axes 0, 2 and 3 count rows.
-            stacked = groups == 1
-            return View(shape, split, order, 2 if stacked else 0, 1 if stacked else 3)
+            has_block_axes = groups == 1
+            return View(shape, split, order, 2 if has_block_axes else 0, 1 if has_block_axes else 3)
         if blocks % groups == 0:
             parts = blocks // groups
             split = (groups, inputs // groups, parts, outputs // parts, *kernel)
@@ -241,10 +241,14 @@ def _view(
     return View(shape, split, order, stack_axes, row_axes)
 
 
-def _reshaped(shape: tuple[int, ...], into: tuple[int, ...]) -> tuple[int, ...]:
+def _fill_shape(shape: tuple[int, ...], into: tuple[int, ...]) -> tuple[int, ...]:
     """Return `into` with its -1 filled in for a weight of the given shape."""
-    count, known = math.prod(shape), math.prod(size for size in into if size != -1)
-    filled = tuple(count // known if size == -1 else size for size in into) if known else into
+    count, known_count = math.prod(shape), math.prod(size for size in into if size != -1)
+    filled = (
+        tuple(count // known_count if size == -1 else size for size in into)
+        if known_count
+        else into
+    )
     if math.prod(filled) != count:
         raise ValueError(f"a weight of shape {shape} cannot be read as one of {into}")
     return filled

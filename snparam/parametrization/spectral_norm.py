@@ -47,7 +47,7 @@ from snparam.estimators.estimate import ESTIMATORS, Estimate
 from snparam.estimators.power import right_vectors
 from snparam.matrices import torch_private
 from snparam.matrices.products import left_product, real_dtype
-from snparam.matrices.sharded import gathered, is_sharded
+from snparam.matrices.sharded import full_vector, is_sharded
 from snparam.matrices.stacks import compute_dtype, is_finite, stack_of
 from snparam.matrices.views import View
 from snparam.parametrization.activation_checkpointing import (
@@ -603,7 +603,8 @@ class SpectralNorm(nn.Module):
     def promised_norm(self, sigma: Tensor) -> Tensor:
         """Return the norm (b,) that the constraint promises the weight in use, given its σ (b,)."""
         parameters = {
-            name: gathered(parameter) for name, parameter in self.parameters_of_constraint.items()
+            name: full_vector(parameter)
+            for name, parameter in self.parameters_of_constraint.items()
         }
         return self._constraint.norm(sigma, parameters, self.settings)
 

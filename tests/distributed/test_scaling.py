@@ -43,7 +43,7 @@ class Counts:
             return reduce(tensor, *args, **kwargs)
 
         patch.setattr(torch.distributed, "all_reduce", all_reduce)
-        for name in ("left_here", "right_here"):
+        for name in ("left_summand", "right_summand"):
             product = getattr(sharded.ShardedStack, name)
             patch.setattr(sharded.ShardedStack, name, self.reading(product))
 
