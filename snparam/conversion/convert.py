@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from snparam.conversion.arguments import check_model, documents_arguments
 from snparam.conversion.plan import ALREADY, REFUSE, ConversionPlan, plan_conversion
 from snparam.conversion.selection import Filter, Selectors
-from snparam.conversion.takeover import take_off
+from snparam.conversion.takeover import remove_torch_norm
 from snparam.parametrization.attachment import attach
 from snparam.parametrization.extensions import SYSTEMS
 from snparam.parametrization.options import Options, documents_options
@@ -109,7 +109,7 @@ def _carry_out(plan: ConversionPlan) -> None:
             norms[row.record.key] = row.shares or row.record.new_norm(row.estimate)
     for row in plan.to_convert:
         if row.record.spectral is not None:
-            take_off(row.record.spectral)
+            remove_torch_norm(row.record.spectral)
     for row in plan.to_convert:
         weight = row.record
         attach(weight.owner, weight.tensor_name, norms[weight.key])

@@ -16,7 +16,7 @@ from snparam.conversion.arguments import check_model, documents_arguments
 from snparam.conversion.selection import Filter, Selection, Selectors
 from snparam.conversion.tables import aligned
 from snparam.conversion.weights import UNKNOWN, Weight, weights_in
-from snparam.layers.rows import qualified
+from snparam.layers.rows import qualified_class_name
 from snparam.parametrization.find import normalised_weights
 from snparam.parametrization.options import Options, Settings, documents_options, settings_from
 from snparam.parametrization.spectral_norm import SpectralNorm
@@ -99,7 +99,7 @@ class ConversionPlan(list[PlanRow]):
         types: dict[str, dict[str, None]] = {}
         for row in self.unknown:
             kind = parametrize.type_before_parametrizations(row.record.owner)
-            types.setdefault(qualified(kind), {})[row.tensor] = None
+            types.setdefault(qualified_class_name(kind), {})[row.tensor] = None
         return [
             f'snparam.register_layer_type("{kind}", {{'
             + ", ".join(f'"{name}": "rows"' for name in names)

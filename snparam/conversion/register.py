@@ -17,7 +17,7 @@ from snparam.layers.table import (
     packed_message,
 )
 from snparam.layers.tensors import is_lazy
-from snparam.layers.torch_norms import hook_behind
+from snparam.layers.torch_norms import hook_using
 from snparam.matrices.views import Layout, View
 from snparam.parametrization.attachment import attach, detach, read_as_eval
 from snparam.parametrization.baking import check_alone
@@ -163,7 +163,7 @@ def _nothing_known(module: nn.Module) -> Exception:
     if is_packed(module):
         return TypeError(packed_message(module))
     for name in module._parameters:
-        hook = hook_behind(module, name)
+        hook = hook_using(module, name)
         if hook is not None:
             return ValueError(f"{kind} is under {hook}; remove that first")
     own = [n for n, p in module.named_parameters(recurse=False) if not is_lazy(p) and p.ndim >= 2]

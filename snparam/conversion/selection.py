@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from snparam.conversion.presets import Leaves, preset_named
-from snparam.layers.torch_norms import hooked
+from snparam.layers.torch_norms import hook_tensors
 
 Selector: TypeAlias = str | type[nn.Module]
 Selectors: TypeAlias = Selector | Iterable[Selector] | None
@@ -141,7 +141,7 @@ def _matches_any(selector: Selector, modules: Sequence[tuple[str, nn.Module]]) -
                 *module._parameters,
                 *module._buffers,
                 *_parametrized(module),
-                *hooked(module),
+                *hook_tensors(module),
             ]
         )
         for name, module in modules

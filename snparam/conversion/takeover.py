@@ -11,11 +11,11 @@ from torch.nn.utils.spectral_norm import (
     SpectralNormStateDictHook,
 )
 
-from snparam.layers.torch_norms import Spectral
+from snparam.layers.torch_norms import TorchSpectralNorm
 from snparam.parametrization.classes import give_own_class
 
 
-def take_off(spectral: Spectral) -> None:
+def remove_torch_norm(spectral: TorchSpectralNorm) -> None:
     """Remove torch's spectral norm from a tensor.
 
     The original is left as an ordinary Parameter, the same object, in the same place among its

@@ -13,7 +13,13 @@ from snparam.conversion.wrappers import FLAT, flattens, wrapper_problem
 from snparam.estimators.completion import complete_state
 from snparam.layers.table import is_packed, layer_type, layouts_of, note_on, obstacle_in
 from snparam.layers.tensors import QUANTISE_LAST, Problem, is_lazy, reading_problem, tensor_problem
-from snparam.layers.torch_norms import Spectral, hook_behind, hooked, kind_on, spectral_on
+from snparam.layers.torch_norms import (
+    TorchSpectralNorm,
+    hook_tensors,
+    hook_using,
+    parametrizations_on,
+    torch_spectral_norm_on,
+)
 from snparam.matrices.orthonormalisation import orthonormal_rows
 from snparam.matrices.products import real_dtype
 from snparam.matrices.stacks import compute_dtype, is_finite, stack_of
@@ -57,7 +63,7 @@ class Weight:
     view: View | None
     problem: Problem | None
     norm: SpectralNorm | None
-    spectral: Spectral | None
+    spectral: TorchSpectralNorm | None
     label: str
 
     @property
@@ -201,7 +207,7 @@ def weight_at(
     owner = path[-1][1]
     tensor = _tensor_at(owner, tensor_name)
     norm = norm_on(owner, tensor_name)
-    spectral = spectral_on(owner, tensor_name)
+    spectral = torch_spectral_norm_on(owner, tensor_name)
     view, problem = None, None
     if norm is not None:
         view, problem = norm.view, ALREADY
@@ -284,8 +290,10 @@ def _problem(
     path: Path, tensor_name: str, tensor: Tensor | None, settings: Settings, obstacle: str | None
 ) -> Problem | None:
     owner = path[-1][1]
-    if parametrize.is_parametrized(owner, tensor_name) and not spectral_on(owner, tensor_name):
-        kinds = kind_on(owner, tensor_name)
+    if parametrize.is_parametrized(owner, tensor_name) and not torch_spectral_norm_on(
+        owner, tensor_name
+    ):
+        kinds = parametrizations_on(owner, tensor_name)
         return Problem(f"it is parametrized already, by {kinds}", "remove that parametrization")
     if tensor is None:
         return Problem(
@@ -303,18 +311,18 @@ def _problem(
     return tensor_problem(tensor)
 
 
-def _under_spectral(spectral: Spectral) -> Problem:
+def _under_spectral(spectral: TorchSpectralNorm) -> Problem:
     kind = "torch's deprecated spectral_norm" if spectral.hook else "torch's spectral_norm"
     return Problem(f"it is under {kind} already", "convert_model with replace=True takes that over")
 
 
 def _unknown(module: nn.Module, tensor_name: str, tensor: Tensor) -> Problem:
     """Return why the layer table does not read a tensor as matrices."""
-    hook = hook_behind(module, tensor_name)
+    hook = hook_using(module, tensor_name)
     if hook is not None:
         return Problem(f"under {hook}", "remove that first")
     if tensor_name.startswith("parametrizations."):
-        kinds = kind_on(module, tensor_name.split(".")[1])
+        kinds = parametrizations_on(module, tensor_name.split(".")[1])
         return Problem(f"a part of {kinds}", "remove that parametrization")
     if isinstance(module.__dict__.get("weight"), Tensor) and not layouts_of(module):
         return Problem(
@@ -347,7 +355,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Of the originals of a parametrized tensor, the largest has the tensor's name.
     """
-    computed = {f"{name}_orig": name for name in hooked(module)}
+    computed = {f"{name}_orig": name for name in hook_tensors(module)}
     for name, parameter in module._parameters.items():
         if parameter is not None:
             yield computed.get(name, name), parameter

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from snparam.layers.rows import LayerType, LayoutOf, Note, qualified
+from snparam.layers.rows import LayerType, LayoutOf, Note, qualified_class_name
 from snparam.layers.table import USER_ROWS
 from snparam.matrices.views import KINDS, Layout
 
@@ -89,34 +89,34 @@ def register_layer_type(
             "register_layer_type: pass weights={tensor name: 'rows' or 'columns' or ...}, or "
             "inside={...}"
         )
-    read = {name: _layout(name, layout) for name, layout in _items("weights", weights)}
+    layouts = {name: _layout(name, layout) for name, layout in _items("weights", weights)}
     notes = dict(_checked_notes(inside))
     if skip is not None and (not isinstance(skip, str) or not skip):
         raise ValueError(f"register_layer_type: skip={skip!r}: expected a reason, in words")
     obstacle = None if skip is None else lambda _: skip
 
-    def register(given: Any) -> Any:
-        _check_kind(given)
-        _check_tensor_names(_class_of(given), read)
-        names = (given,) if isinstance(given, str) else ()
-        USER_ROWS.add(given, LayerType((), read, obstacle, names=names, inside=notes))
-        return given
+    def register(type_or_name: Any) -> Any:
+        _check_kind(type_or_name)
+        _check_tensor_names(_class_of(type_or_name), layouts)
+        names = (type_or_name,) if isinstance(type_or_name, str) else ()
+        USER_ROWS.add(type_or_name, LayerType((), layouts, obstacle, names=names, inside=notes))
+        return type_or_name
 
     return register if kind is None else register(kind)
 
 
-def _check_kind(given: Any) -> None:
-    if isinstance(given, type) and issubclass(given, nn.Module):
-        if given is nn.Module:
+def _check_kind(kind: Any) -> None:
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        if kind is nn.Module:
             raise ValueError("register_layer_type: nn.Module itself would be every module")
-    elif not isinstance(given, str):
+    elif not isinstance(kind, str):
         raise TypeError(
-            f"register_layer_type: kind={given!r}: expected a module type or its qualified name"
+            f"register_layer_type: kind={kind!r}: expected a module type or its qualified name"
         )
-    elif "." not in given:
+    elif "." not in kind:
         raise ValueError(
-            f"register_layer_type: kind={given!r}: expected a qualified name, such as "
-            f"{qualified(nn.Linear)!r}"
+            f"register_layer_type: kind={kind!r}: expected a qualified name, such as "
+            f"{qualified_class_name(nn.Linear)!r}"
         )
 
 
@@ -139,21 +139,22 @@ def _check_tensor_names(cls: type | None, names: Iterable[str]) -> None:
     Raises:
         ValueError: if a name is refused; the message has the most similar name.
     """
-    known = _names_in(cls)
-    if cls is None or not known:
+    known_names = _names_in(cls)
+    if cls is None or not known_names:
         return
-    dynamic = not known.isdisjoint(("setattr", "register_parameter", "register_buffer"))
+    dynamic = not known_names.isdisjoint(("setattr", "register_parameter", "register_buffer"))
     for name in names:
-        if name in known or any(sign in name for sign in "*?[."):
+        if name in known_names or any(sign in name for sign in "*?[."):
             continue
-        if dynamic and name.startswith(tuple(known)):
+        if dynamic and name.startswith(tuple(known_names)):
             continue
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.8 if dynamic else 0.6)
+        close = difflib.get_close_matches(name, known_names, n=1, cutoff=0.8 if dynamic else 0.6)
         if close or not dynamic:
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(
                 f"register_layer_type: weights has {name!r}{hint}, which the code of "
-                f"{qualified(cls)} does not name: expected the name of one of its tensors"
+                f"{qualified_class_name(cls)} does not name: expected the name of one of its "
+                "tensors"
             )
 
 
@@ -189,40 +190,41 @@ def _names_in_code(constant: object) -> Iterator[str]:
         yield from _names_in_code(constant.co_consts)
 
 
-def _items(option: str, given: Any) -> list[tuple[str, Any]]:
+def _items(option: str, mapping: Any) -> list[tuple[str, Any]]:
     """Return the items of an option that maps tensor names to values; refuse what is no name."""
-    if given is None:
+    if mapping is None:
         return []
-    if not isinstance(given, Mapping) or not given:
-        raise TypeError(f"register_layer_type: {option}={given!r}: expected names to values")
-    for name in given:
+    if not isinstance(mapping, Mapping) or not mapping:
+        raise TypeError(f"register_layer_type: {option}={mapping!r}: expected names to values")
+    for name in mapping:
         if not isinstance(name, str) or not name:
             raise TypeError(f"register_layer_type: {option} has {name!r}: expected a tensor's name")
-    return list(given.items())
+    return list(mapping.items())
 
 
-def _layout(name: str, given: Any) -> Any:
+def _layout(name: str, value: Any) -> Any:
     """Return the layout, or the function from the module to it, that a value of `weights` means."""
-    if isinstance(given, str):
-        if given not in KINDS:
-            close = difflib.get_close_matches(given, KINDS, n=1)
+    if isinstance(value, str):
+        if value not in KINDS:
+            close = difflib.get_close_matches(value, KINDS, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(
-                f"register_layer_type: weights[{name!r}]={given!r}{hint}: expected one of "
+                f"register_layer_type: weights[{name!r}]={value!r}{hint}: expected one of "
                 + ", ".join(map(repr, KINDS))
             )
-        return Layout(given)
-    if isinstance(given, Layout) or callable(given):
-        return given
+        return Layout(value)
+    if isinstance(value, Layout) or callable(value):
+        return value
     raise TypeError(
-        f"register_layer_type: weights[{name!r}]={given!r}: expected 'rows', 'columns', 'stack', "
+        f"register_layer_type: weights[{name!r}]={value!r}: expected 'rows', 'columns', 'stack', "
         "'stack_columns', a Layout, or a function from the module to a Layout"
     )
 
 
-def _checked_notes(given: Any) -> list[tuple[str, Note]]:
+def _checked_notes(notes: Any) -> list[tuple[str, Note]]:
     """Return the items of `inside`, after a check of their values."""
-    for name, note in _items("inside", given):
+    items = _items("inside", notes)
+    for name, note in items:
         if note == "":
             raise ValueError(f"register_layer_type: inside[{name!r}]='': expected a reason")
         if not (note is None or isinstance(note, str | Layout) or callable(note)):
@@ -230,4 +232,4 @@ def _checked_notes(given: Any) -> list[tuple[str, Note]]:
                 f"register_layer_type: inside[{name!r}]={note!r}: expected a reason, a Layout, a "
                 "function from the module to a Layout, or None"
             )
-    return _items("inside", given)
+    return items

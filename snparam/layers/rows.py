@@ -26,7 +26,7 @@ class LayerType:
         obstacle: function that returns why a given module's weights cannot be normalised, or None.
         overrides: class attributes for converted modules of this type, where the type keeps
             references to its weights instead of reading its attributes.
-        restored: function that is called on a module of this type once none of its tensors is
+        restore: function that is called on a module of this type once none of its tensors is
             parametrized any more.
         names: qualified names of module types, or globs of them, for types of libraries that may
             not be installed; subclasses count.
@@ -40,13 +40,15 @@ class LayerType:
     weights: Mapping[str, LayoutOf] = field(default_factory=dict)
     obstacle: Callable[[nn.Module], str | None] | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    restored: Callable[[nn.Module], None] | None = None
+    restore: Callable[[nn.Module], None] | None = None
     names: tuple[str, ...] = ()
     inside: Mapping[str, Note] = field(default_factory=dict)
 
     def is_for(self, cls: type) -> bool:
         """Return whether the row names exactly this class; its bases are asked about separately."""
-        return cls in self.types or any(fnmatchcase(qualified(cls), name) for name in self.names)
+        return cls in self.types or any(
+            fnmatchcase(qualified_class_name(cls), name) for name in self.names
+        )
 
 
 # The rows of this package. torch.py and each file in libraries/ add theirs when `snparam.layers`
@@ -59,7 +61,7 @@ def register_rows(rows: Sequence[LayerType]) -> None:
     ROWS.extend(rows)
 
 
-def qualified(cls: type) -> str:
+def qualified_class_name(cls: type) -> str:
     """Return the qualified name of a class, with the module that defines it."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -70,13 +72,13 @@ def layout_in(layout: LayoutOf, module: nn.Module) -> Layout:
     Raises:
         TypeError: if `layout` is a function, and returns something else than a layout.
     """
-    given = layout if isinstance(layout, Layout) else layout(module)
-    if not isinstance(given, Layout):
+    resolved = layout if isinstance(layout, Layout) else layout(module)
+    if not isinstance(resolved, Layout):
         raise TypeError(
-            f"the layer table's function for {qualified(type(module))} gave {given!r}: expected a "
-            "snparam.Layout"
+            f"the layer table's function for {qualified_class_name(type(module))} gave "
+            f"{resolved!r}: expected a snparam.Layout"
         )
-    return given
+    return resolved
 
 
 # What the rows of several libraries share.

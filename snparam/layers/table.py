@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from snparam.layers.rows import ROWS, LayerType, layout_in, qualified
+from snparam.layers.rows import ROWS, LayerType, layout_in, qualified_class_name
 from snparam.layers.tensors import QUANTISE_LAST
-from snparam.layers.torch_norms import hook_behind, hook_on, hooked
+from snparam.layers.torch_norms import hook_computing, hook_tensors, hook_using
 from snparam.matrices.views import Layout
 
 
@@ -32,7 +32,7 @@ class UserRows:
             self._by_type[kind] = row
             return
         for cls in list(self._by_type):
-            if fnmatchcase(qualified(cls), kind):
+            if fnmatchcase(qualified_class_name(cls), kind):
                 del self._by_type[cls]
         self._by_name.insert(0, row)
 
@@ -110,14 +110,14 @@ def note_on(path: Sequence[tuple[str, nn.Module]], tensor_name: str) -> Layout |
         path: qualified names and modules from the root to the tensor's owner, both included.
         tensor_name: name of the tensor in its owner.
     """
-    full = f"{path[-1][0]}.{tensor_name}" if path[-1][0] else tensor_name
+    full_name = f"{path[-1][0]}.{tensor_name}" if path[-1][0] else tensor_name
     for name, module in reversed(path):
         row = layer_type(module)
         if row is None or not row.inside:
             continue
-        below = full[len(name) + 1 :] if name else full
+        inner_name = full_name[len(name) + 1 :] if name else full_name
         for pattern, note in row.inside.items():
-            if fnmatchcase(below, pattern):
+            if fnmatchcase(inner_name, pattern):
                 if note is not None:
                     return note if isinstance(note, str) else layout_in(note, module)
                 break  # this module says nothing; one around it may
@@ -140,13 +140,13 @@ def layout_named(module: nn.Module, name: str) -> Layout:
     tensors = dict(_tensors(module))
     if name in tensors:
         return Layout("bare")
-    hook = hook_on(module, name) or hook_behind(module, name)
+    hook = hook_computing(module, name) or hook_using(module, name)
     if hook is not None:
         raise ValueError(f"{name!r} of {type(module).__name__} is under {hook}; remove that first")
-    known = [path for path, tensor in tensors.items() if tensor is None or tensor.ndim >= 2]
+    weights = [path for path, tensor in tensors.items() if tensor is None or tensor.ndim >= 2]
     raise ValueError(
         f"{type(module).__name__} has no parameter or buffer named {name!r}; "
-        + (f"its weights are {known}" if known else "it has none of two or more dimensions")
+        + (f"its weights are {weights}" if weights else "it has none of two or more dimensions")
     )
 
 
@@ -175,9 +175,9 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
         if prefix == "parametrizations.":
             continue
         for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
-            if tensor is not None and hook_behind(owner, name) is None:
+            if tensor is not None and hook_using(owner, name) is None:
                 yield prefix + name, tensor
-        for name in hooked(owner):
+        for name in hook_tensors(owner):
             yield f"{prefix}{name}", None
         if parametrize.is_parametrized(owner):
             for name in owner.parametrizations:  # type: ignore[union-attr]

@@ -80,11 +80,11 @@ def reading_problem(tensor: Tensor, view: View) -> Problem | None:
     try:
         stack = view.to_matrices(tensor.detach()).to(compute_dtype(tensor.dtype))
         product = stack @ torch.ones(stack.shape[2], 1, dtype=stack.dtype, device=stack.device)
-        computed = (product, product.isfinite().all(), tensor.detach() / 2)
+        results = (product, product.isfinite().all(), tensor.detach() / 2)
     except Exception as error:  # noqa: BLE001 - whatever another library's tensor raises
-        said = str(error).strip().partition("\n")[0][:80]
-        what = f"a {kind} cannot be read as a matrix ({type(error).__name__}: {said})"
+        error_text = str(error).strip().partition("\n")[0][:80]
+        what = f"a {kind} cannot be read as a matrix ({type(error).__name__}: {error_text})"
         return Problem(what, remedy, TypeError)
-    if any(type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in computed):
+    if any(type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in results):
         return Problem(f"a {kind} computes in tensors of its own kind", remedy, TypeError)
     return None

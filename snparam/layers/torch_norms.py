@@ -28,7 +28,7 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class Spectral:
+class TorchSpectralNorm:
     """torch's spectral norm on a tensor, as a parametrization or as the deprecated hook.
 
     Attributes:
@@ -54,23 +54,25 @@ class Spectral:
 
         The result is None if torch reads other matrices, or the vector is not finite.
         """
-        found = left_vector(view, self.axis, self.u, self.v)
-        return found if found is not None and bool(found.isfinite().all()) else None
+        vector = left_vector(view, self.axis, self.u, self.v)
+        return vector if vector is not None and bool(vector.isfinite().all()) else None
 
     def sigma(self) -> Tensor:
         """Return the σ () that torch divides by in eval mode."""
         return torch_sigma(self.original, self.axis, self.u, self.v)
 
 
-def spectral_on(owner: nn.Module, name: str) -> Spectral | None:
+def torch_spectral_norm_on(owner: nn.Module, name: str) -> TorchSpectralNorm | None:
     """Return torch's spectral norm on a tensor of a module, or None if it is not there alone."""
     if parametrize.is_parametrized(owner, name):
         lists: Any = owner.parametrizations
         norm = lists[name][0]
-        alone = len(lists[name]) == 1 and is_torch_spectral_norm(norm)
-        if not alone or not hasattr(norm, "_u"):  # torch keeps no u for tensors of one dimension
+        is_alone = len(lists[name]) == 1 and is_torch_spectral_norm(norm)
+        if not is_alone or not hasattr(norm, "_u"):  # torch keeps no u for tensors of one dimension
             return None
-        return Spectral(owner, name, lists[name].original, norm._u, norm._v, norm.dim, None)
+        return TorchSpectralNorm(
+            owner, name, lists[name].original, norm._u, norm._v, norm.dim, None
+        )
     for hook in owner._forward_pre_hooks.values():
         if isinstance(hook, SpectralNorm) and hook.name == name:
             original = owner._parameters.get(f"{name}_orig")
@@ -78,25 +80,25 @@ def spectral_on(owner: nn.Module, name: str) -> Spectral | None:
             if original is None or u is None or v is None:
                 return None
             axis = hook.dim % original.ndim
-            return Spectral(owner, name, original, u, v, axis, hook)
+            return TorchSpectralNorm(owner, name, original, u, v, axis, hook)
     return None
 
 
-def hooked(owner: nn.Module) -> Iterator[str]:
+def hook_tensors(owner: nn.Module) -> Iterator[str]:
     """Yield the names of the tensors of a module that torch's deprecated spectral norm computes."""
     for hook in owner._forward_pre_hooks.values():
-        if isinstance(hook, SpectralNorm) and spectral_on(owner, hook.name) is not None:
+        if isinstance(hook, SpectralNorm) and torch_spectral_norm_on(owner, hook.name) is not None:
             yield hook.name
 
 
-def kind_on(owner: nn.Module, name: str) -> str:
+def parametrizations_on(owner: nn.Module, name: str) -> str:
     """Return, in words, the parametrizations of a tensor."""
     lists: Any = owner.parametrizations
     kinds = [type(part).__name__ for part in lists[name]]
     return ", ".join(_KINDS.get(kind, kind) for kind in kinds)
 
 
-def hook_behind(owner: nn.Module, name: str) -> str | None:
+def hook_using(owner: nn.Module, name: str) -> str | None:
     """Return, in words, the hook that computes with a Parameter such as `weight_v`, or None."""
     for hook in owner._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and name in (f"{hook.name}_g", f"{hook.name}_v"):
@@ -106,6 +108,6 @@ def hook_behind(owner: nn.Module, name: str) -> str | None:
     return None
 
 
-def hook_on(owner: nn.Module, name: str) -> str | None:
+def hook_computing(owner: nn.Module, name: str) -> str | None:
     """Return, in words, the hook that computes a tensor such as `weight`, or None."""
-    return hook_behind(owner, f"{name}_v") or hook_behind(owner, f"{name}_orig")
+    return hook_using(owner, f"{name}_v") or hook_using(owner, f"{name}_orig")

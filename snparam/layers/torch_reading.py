@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from snparam.estimators.power import power_step
 from snparam.matrices.products import real_dtype
-from snparam.matrices.sharded import ShardedStack, is_sharded
-from snparam.matrices.stacks import compute_dtype
+from snparam.matrices.stacks import compute_dtype, stack_of
 from snparam.matrices.views import View
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -25,7 +24,7 @@ def torch_axis(owner: nn.Module) -> int:
     return 1 if isinstance(owner, _TRANSPOSED) else 0
 
 
-def relation(view: View, axis: int) -> Literal["same", "transposed"] | None:
+def matrix_relation(view: View, axis: int) -> Literal["same", "transposed"] | None:
     """Return how the matrix that torch reads, with `axis` as rows, relates to those of a view.
 
     Returns:
@@ -34,17 +33,23 @@ def relation(view: View, axis: int) -> Literal["same", "transposed"] | None:
     if view.matrices[0] > 1:
         return None
     strides = torch.empty(view.shape, device="meta").reshape(view.split).stride()
-    ours = [(view.split[a], strides[a]) for a in view.order]
-    first = view.stack_axes + view.row_axes
-    rows, columns = _long(ours[:first]), _long(ours[first:])
-    theirs = list(zip(view.shape, torch.empty(view.shape, device="meta").stride(), strict=True))
-    their_rows, their_columns = _long([theirs.pop(axis)]), _long(theirs)
-    if (rows, columns) == (their_rows, their_columns):
+    view_axes = [(view.split[a], strides[a]) for a in view.order]
+    column_start = view.stack_axes + view.row_axes
+    rows, columns = (
+        _without_unit_axes(view_axes[:column_start]),
+        _without_unit_axes(view_axes[column_start:]),
+    )
+    torch_axes = list(zip(view.shape, torch.empty(view.shape, device="meta").stride(), strict=True))
+    torch_rows, torch_columns = (
+        _without_unit_axes([torch_axes.pop(axis)]),
+        _without_unit_axes(torch_axes),
+    )
+    if (rows, columns) == (torch_rows, torch_columns):
         return "same"
-    return "transposed" if (rows, columns) == (their_columns, their_rows) else None
+    return "transposed" if (rows, columns) == (torch_columns, torch_rows) else None
 
 
-def _long(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _without_unit_axes(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return axes, as (size, stride), without those of length 1."""
     return [(size, stride) for size, stride in axes if size != 1]
 
@@ -81,8 +86,8 @@ def left_vector(view: View, axis: int, u: Tensor | None, v: Tensor | None) -> Te
     Returns:
         u, or None if torch reads other matrices, or the vector that would be u is None.
     """
-    found = {"same": u, "transposed": None if v is None else v.conj(), None: None}
-    vector = found[relation(view, axis)]
+    candidates = {"same": u, "transposed": None if v is None else v.conj(), None: None}
+    vector = candidates[matrix_relation(view, axis)]
     return None if vector is None else vector.detach().reshape(1, 1, -1)
 
 
@@ -107,12 +112,12 @@ def torch_sigma(weight: Tensor, axis: int, u: Tensor | None, v: Tensor | None) -
         sigma = torch.vdot(u.detach().to(matrix), torch.mv(matrix, v.detach().to(matrix))).real
     else:
         matrix = matrix.to(dtype)
-        right = v
-        if right is None:
+        direction = v
+        if direction is None:
             assert u is not None
-            right = (u.detach().to(matrix).conj() @ matrix).conj()
-            right = right / torch.linalg.vector_norm(right)
-        sigma = torch.linalg.vector_norm(matrix @ right.detach().to(matrix))
+            direction = (u.detach().to(matrix).conj() @ matrix).conj()
+            direction = direction / torch.linalg.vector_norm(direction)
+        sigma = torch.linalg.vector_norm(matrix @ direction.detach().to(matrix))
     sigma = sigma.to(real_dtype(dtype))
     return torch.where(sigma.isfinite() & (sigma != 0), sigma, 1.0)
 
@@ -131,19 +136,14 @@ def torch_vectors(weight: Tensor, view: View, axis: int, u: Tensor) -> tuple[Ten
         torch's u (m,) and v (n,), in the dtype of the weight, or None if torch reads other
         matrices.
     """
-    kind = relation(view, axis)
-    if kind is None:
+    relation = matrix_relation(view, axis)
+    if relation is None:
         return None
-    dtype = compute_dtype(weight.dtype)
     # Contiguous, because a view orders the columns by memory format, and torch does not.
     weight = weight.detach().contiguous()
-    stack: Tensor | ShardedStack
-    if is_sharded(weight):
-        stack = ShardedStack(weight, view, dtype)  # type: ignore[arg-type]
-    else:
-        stack = view.to_matrices(weight).to(dtype)
-    found = power_step(stack, u[:, :1].to(dtype))
-    left, right = found.u[0, 0], found.v[0, 0]
-    if kind == "transposed":
+    stack = stack_of(weight, view)
+    estimate = power_step(stack, u[:, :1].to(stack.dtype))
+    left, right = estimate.u[0, 0], estimate.v[0, 0]
+    if relation == "transposed":
         left, right = right.conj().resolve_conj(), left.conj().resolve_conj()
     return left.to(weight.dtype), right.to(weight.dtype)

@@ -86,8 +86,8 @@ def detach(owner: nn.Module, name: str, value: Tensor | None) -> None:
         sort_table(table, order)
     if not parametrize.is_parametrized(owner):
         row = layer_type(owner)
-        if row is not None and row.restored is not None:
-            row.restored(owner)
+        if row is not None and row.restore is not None:
+            row.restore(owner)
     if not has_norms(owner):
         release_forward(owner)
         for system in SYSTEMS:

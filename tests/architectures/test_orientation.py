@@ -128,7 +128,7 @@ def test_every_parameter_of_three_dimensions_called_experts_is_known() -> None:
     from pathlib import Path
 
     from snparam.layers.libraries.transformers import TYPES
-    from snparam.layers.rows import qualified
+    from snparam.layers.rows import qualified_class_name
 
     models = Path(inspect.getfile(hf)).parent / "models"
     seen = 0
@@ -141,7 +141,7 @@ def test_every_parameter_of_three_dimensions_called_experts_is_known() -> None:
                 continue
             cls = type(kind, (nn.Module,), {"__module__": _module(file)})
             row = next(row for row in TYPES if row.is_for(cls))
-            assert says or row.obstacle is None, qualified(cls)
+            assert says or row.obstacle is None, qualified_class_name(cls)
             seen += 1
     assert seen > 50
 

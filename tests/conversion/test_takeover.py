@@ -17,14 +17,14 @@ from torch.nn.utils import weight_norm as torch_weight_norm
 import snparam
 from snparam.conversion import convert as conversion
 from snparam.layers import torch_reading as reading
-from snparam.layers.torch_norms import spectral_on
+from snparam.layers.torch_norms import torch_spectral_norm_on
 from snparam.matrices.views import Layout
 
 KINDS = ("torch", "torch-hook")
 
 
 def their_u(layer):
-    return spectral_on(layer, "weight").u
+    return torch_spectral_norm_on(layer, "weight").u
 
 
 @given(
@@ -46,7 +46,7 @@ def test_a_layer_is_taken_over_with_its_parameter_its_state_and_its_function(
         model.train()
     assert snparam.convert_model(model, num_svs, init=init, progress=False) is model
     assert sorted(parameters) == sorted(id(p) for p in model.parameters())
-    assert spectral_on(model, "weight") is None
+    assert torch_spectral_norm_on(model, "weight") is None
     assert torch.equal(norm_of(model).u[0, 0], u)
     top = exact(
         layer.weight.movedim(1, 0) if isinstance(layer, nn.ConvTranspose1d) else layer.weight
@@ -86,7 +86,7 @@ def test_a_dim_of_the_users_own_is_respected():
     model = torch_parametrizations.spectral_norm(copy.deepcopy(layer), dim=1)
     for _ in range(300):
         model(torch.ones(1, 5))
-    v = spectral_on(model, "weight").v.clone()
+    v = torch_spectral_norm_on(model, "weight").v.clone()
     snparam.convert_model(model)
     assert torch.equal(norm_of(model).u[0, 0], v)
 
@@ -124,7 +124,7 @@ def test_without_replace_it_is_skipped_with_the_reason(kind, what):
 def test_excluded_weights_keep_torchs():
     model = nn.Sequential(foreign(nn.Linear(4, 3), "torch"), nn.Linear(3, 2))
     snparam.convert_model(model, exclude="0")
-    assert spectral_on(model[0], "weight") is not None
+    assert torch_spectral_norm_on(model[0], "weight") is not None
 
 
 def others():
@@ -200,7 +200,9 @@ def test_a_gain_keeps_the_function_that_was_normalised(kind, forwards, layer, op
 def test_into_several_blocks_the_state_is_estimated(kind):
     model = foreign(nn.Linear(4, 6), kind)
     fresh = snparam.register_sn(nn.Linear(4, 6), blocks=2)
-    fresh.load_state_dict({"weight": spectral_on(model, "weight").original, "bias": model.bias})
+    fresh.load_state_dict(
+        {"weight": torch_spectral_norm_on(model, "weight").original, "bias": model.bias}
+    )
     snparam.convert_model(model, blocks=2)
     assert torch.equal(norm_of(model).u, norm_of(fresh).u)
 
@@ -230,7 +232,7 @@ def test_a_copy_made_before_keeps_torchs():
     model = foreign(nn.Linear(4, 3), "torch")
     twin = copy.deepcopy(model)
     snparam.convert_model(model)
-    assert spectral_on(twin, "weight") is not None
+    assert torch_spectral_norm_on(twin, "weight") is not None
     assert twin(torch.ones(1, 4)).shape == (1, 3)
     twin.load_state_dict(foreign(nn.Linear(4, 3), "torch").state_dict())
 
@@ -246,7 +248,7 @@ def everything_of(model):
     return found
 
 
-STEPS = [*(("attach", at) for at in range(4)), *(("take_off", at) for at in range(3))]
+STEPS = [*(("attach", at) for at in range(4)), *(("remove_torch_norm", at) for at in range(3))]
 
 
 @pytest.mark.parametrize(("step", "at"), STEPS)
@@ -307,7 +309,7 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(step, at, monkeypatch):
 )
 def test_the_relation_of_two_readings(layout, shape, blocks, axis, expected):
     view = layout.view(shape, blocks)
-    assert reading.relation(view, axis) == expected
+    assert reading.matrix_relation(view, axis) == expected
     weight = torch.randn(shape)
     theirs = weight.movedim(axis, 0).flatten(1)
     ours = view.to_matrices(weight)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from snparam.checkpoints.shapes import has_shape
 from snparam.checkpoints.spelled import as_ordinary, check_norm_is_one, inexpressible
-from snparam.layers.torch_reading import relation, torch_axis, torch_sigma
+from snparam.layers.torch_reading import matrix_relation, torch_axis, torch_sigma
 from snparam.parametrization.extensions import (
     Misfit,
     Spelled,
@@ -70,7 +70,7 @@ class BigGAN(Spelling):
             raise inexpressible(weight, _TARGET, f"its one weight is called {_TENSOR!r}")
         if weight.original.is_complex():
             raise inexpressible(weight, _TARGET, "it is complex")
-        if relation(weight.norm.view, torch_axis(weight.owner)) != "same":
+        if matrix_relation(weight.norm.view, torch_axis(weight.owner)) != "same":
             raise inexpressible(weight, _TARGET, "it reads other rows")
         norm, dtype, buffers = weight.norm, weight.original.dtype, {}
         for i in range(norm.u.shape[1]):
