@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from snparam.conversion.arguments import check_model, documents_arguments
-from snparam.conversion.plan import ALREADY, REFUSE, ConversionPlan, plan_conversion
+from snparam.conversion.plan import REFUSE, ConversionPlan, plan_conversion
 from snparam.conversion.selection import Filter, Selectors
 from snparam.conversion.takeover import remove_torch_norm
 from snparam.parametrization.attachment import attach
@@ -91,7 +91,7 @@ def convert_model(
     refused = [row for row in plan if row.decision == REFUSE]
     if refused:
         raise ValueError("\n".join(row.reason for row in refused))
-    if not plan.to_convert and not any(row.reason == ALREADY for row in plan):
+    if not plan.to_convert and not any(row.is_normalised for row in plan):
         warnings.warn(_nothing_converted(model, plan), UserWarning, stacklevel=2)
     elif plan.to_convert and plan.unknown_share > 0.5:
         warnings.warn(_mostly_unknown(model, plan), UserWarning, stacklevel=2)
@@ -118,25 +118,27 @@ def _carry_out(plan: ConversionPlan) -> None:
 def _nothing_converted(model: nn.Module, plan: ConversionPlan) -> str:
     if plan:
         reasons = sorted({f"{row.weight}: {row.reason}" for row in plan})
-        seen = "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
+        explanation = "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
     else:
         kinds = sorted({type(module).__name__ for module in model.modules()})
-        seen = "no parameter of two or more dimensions in " + ", ".join(kinds[:8])
+        explanation = "no parameter of two or more dimensions in " + ", ".join(kinds[:8])
         if next(model.parameters(), None) is not None:
-            seen += "; if a wrapper has flattened or partitioned them, convert first, then wrap"
-    what = f"convert_model converted nothing in {type(model).__name__} ({seen})"
-    return f"{what}; {_additions(plan)}" if plan.unknown else what
+            explanation += (
+                "; if a wrapper has flattened or partitioned them, convert first, then wrap"
+            )
+    message = f"convert_model converted nothing in {type(model).__name__} ({explanation})"
+    return f"{message}; {_registration_advice(plan)}" if plan.unknown else message
 
 
 def _mostly_unknown(model: nn.Module, plan: ConversionPlan) -> str:
     return (
         f"convert_model left {plan.unknown_share:.1%} of the parameters of two or more dimensions "
         f"of {type(model).__name__} alone, because their layers are not in the layer table; "
-        + _additions(plan)
+        + _registration_advice(plan)
     )
 
 
-def _additions(plan: ConversionPlan) -> str:
+def _registration_advice(plan: ConversionPlan) -> str:
     calls = plan.registrations
     shown = "\n  ".join(calls[:5]) + ("\n  ..." if len(calls) > 5 else "")
     return (

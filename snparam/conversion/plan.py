@@ -15,14 +15,13 @@ from typing_extensions import Unpack
 from snparam.conversion.arguments import check_model, documents_arguments
 from snparam.conversion.selection import Filter, Selection, Selectors
 from snparam.conversion.tables import aligned
-from snparam.conversion.weights import UNKNOWN, Weight, weights_in
+from snparam.conversion.weights import Weight, weights_in
 from snparam.layers.rows import qualified_class_name
 from snparam.parametrization.find import normalised_weights
 from snparam.parametrization.options import Options, Settings, documents_options, settings_from
 from snparam.parametrization.spectral_norm import SpectralNorm
 
 CONVERT, SKIP, REFUSE = "convert", "skip", "refuse"
-ALREADY = "already normalised"
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class PlanRow:
         estimate: u (b, k, m) and sv (b, k) that the conversion starts from, or None.
         shares: the SpectralNorm of a converted weight with the same Parameter, whose state this
             weight will share, or None.
+        is_unknown: whether the weight is skipped because the layer table does not know the layer's
+            type.
     """
 
     name: str
@@ -57,11 +58,17 @@ class PlanRow:
     record: Weight = field(repr=False, compare=False)
     estimate: tuple[Tensor, Tensor] | None = field(repr=False, compare=False, default=None)
     shares: SpectralNorm | None = field(repr=False, compare=False, default=None)
+    is_unknown: bool = field(repr=False, compare=False, default=False)
 
     @property
     def weight(self) -> str:
         """Qualified name of the weight."""
         return self.record.name
+
+    @property
+    def is_normalised(self) -> bool:
+        """True where the weight is under SpectralNorm already."""
+        return self.record.norm is not None
 
 
 class ConversionPlan(list[PlanRow]):
@@ -75,20 +82,20 @@ class ConversionPlan(list[PlanRow]):
     @property
     def share(self) -> float:
         """Share of the entries of parameters of two or more dimensions that will be normalised."""
-        total = sum(_sizes(self).values())
-        done = _sizes([r for r in self if r.decision == CONVERT or r.reason == ALREADY])
-        return sum(done.values()) / total if total else 0.0
+        total = sum(_entry_counts(self).values())
+        normalised = _entry_counts([r for r in self if r.decision == CONVERT or r.is_normalised])
+        return sum(normalised.values()) / total if total else 0.0
 
     @property
     def unknown(self) -> list[PlanRow]:
         """The rows that are skipped because the layer table does not know the layers' types."""
-        return [row for row in self if row.decision == SKIP and row.reason.endswith(UNKNOWN)]
+        return [row for row in self if row.is_unknown]
 
     @property
     def unknown_share(self) -> float:
         """Share of the entries of parameters of two or more dimensions in `unknown` rows."""
-        total = sum(_sizes(self).values())
-        return sum(_sizes(self.unknown).values()) / total if total else 0.0
+        total = sum(_entry_counts(self).values())
+        return sum(_entry_counts(self.unknown).values()) / total if total else 0.0
 
     @property
     def registrations(self) -> list[str]:
@@ -126,7 +133,7 @@ class ConversionPlan(list[PlanRow]):
             ]
             for row in self
         ]
-        total = sum(_sizes(self).values())
+        total = sum(_entry_counts(self).values())
         return (
             f"{aligned(header, rows)}\n{hint}"
             f"{len(self.to_convert)} of {len(self)} weights to convert; then {self.share:.1%} of "
@@ -136,7 +143,7 @@ class ConversionPlan(list[PlanRow]):
     __repr__ = __str__
 
 
-def _sizes(rows: Iterable[PlanRow]) -> dict[int, int]:
+def _entry_counts(rows: Iterable[PlanRow]) -> dict[int, int]:
     """Return the number of entries of each distinct parameter, by its identity."""
     return {row.record.key: prod(row.shape) if row.shape else 0 for row in rows}
 
@@ -183,7 +190,7 @@ def plan_conversion(
     settings = settings_from(num_svs, num_itrs, options)
     selection = Selection.of(include, exclude, filter_fn, model, preset)
     weights = list(weights_in(model, settings, take_over=replace))
-    norms = {id(known.original): known.norm for known in normalised_weights(model)}
+    norms = {id(weight.original): weight.norm for weight in normalised_weights(model)}
     _check_options(weights, selection, norms)
     return plan_of(weights, selection, norms, progress)
 
@@ -202,14 +209,14 @@ def plan_of(
         norms: the SpectralNorms in the model, by the identity of their weights' originals.
         progress: as in `plan_conversion`.
     """
-    together: dict[int, list[Weight]] = {}
+    by_tensor: dict[int, list[Weight]] = {}
     for weight in weights:
-        together.setdefault(weight.key, []).append(weight)
-    rows = [_decide(w, selection, together[w.key], norms.get(w.key)) for w in weights]
+        by_tensor.setdefault(weight.key, []).append(weight)
+    rows = [_decide(w, selection, by_tensor[w.key], norms.get(w.key)) for w in weights]
     estimates: dict[int, tuple[Tensor, Tensor] | ValueError] = {}
     plan = ConversionPlan()
     for row in _with_progress(rows, progress):
-        plan.append(_estimated(row, estimates) if row.decision == CONVERT else row)
+        plan.append(_with_estimate(row, estimates) if row.decision == CONVERT else row)
     return plan
 
 
@@ -230,8 +237,8 @@ def _check_options(
         if norm is None or weight.layout is None or _reason_against(weight, selection) is not None:
             continue
         differing = ", ".join(
-            f"{option}={registered!r} (asked for: {option}={asked!r})"
-            for option, registered, asked in _differences(weight, norm)
+            f"{option}={registered!r} (asked for: {option}={requested!r})"
+            for option, registered, requested in _differences(weight, norm)
         )
         if differing:
             faults.append(
@@ -251,20 +258,20 @@ def _differences(weight: Weight, norm: SpectralNorm) -> Iterator[tuple[str, Any,
     Values that read the weight as the same matrices, or track as many singular values, agree.
     """
     for name in (option.name for option in fields(Settings)):
-        registered, asked = getattr(norm.settings, name), getattr(weight.settings, name)
+        registered, requested = getattr(norm.settings, name), getattr(weight.settings, name)
         if name == "blocks" and weight.reads_as(norm.view):
             continue
-        if name == "num_svs" and min(asked, *norm.view.matrices[1:]) == norm.u.shape[1]:
+        if name == "num_svs" and min(requested, *norm.view.matrices[1:]) == norm.u.shape[1]:
             continue
-        if registered != asked:
-            yield name, registered, asked
+        if registered != requested:
+            yield name, registered, requested
 
 
 # Deciding
 
 
 def _decide(
-    weight: Weight, selection: Selection, sharers: Sequence[Weight], carried: SpectralNorm | None
+    weight: Weight, selection: Selection, sharers: Sequence[Weight], norm: SpectralNorm | None
 ) -> PlanRow:
     """Return the row of a weight, decided without its values, so that `sigma` is None.
 
@@ -272,7 +279,7 @@ def _decide(
         weight: the weight.
         selection: which weights to convert.
         sharers: all weights with the same tensor, this one included.
-        carried: the SpectralNorm that a weight with the same original is under already, or None.
+        norm: the SpectralNorm that a weight with the same original is under already, or None.
     """
     row = PlanRow(
         name=weight.module_name,
@@ -284,37 +291,38 @@ def _decide(
         decision=SKIP,
         reason="" if weight.problem is None else weight.problem.what,
         record=weight,
-        shares=carried,
+        shares=norm,
     )
     if weight.norm is not None:
-        return replace(row, reason=ALREADY)
+        return replace(row, reason="already normalised")
     if weight.layout is None:
         # filter_fn is called for eligible weights alone, and may rely on the attributes of their
         # modules.
         unfiltered = replace(selection, filter_fn=None)
         refuses = weight.problem is not None and weight.problem.refuses
-        if refuses or row.reason.endswith(UNKNOWN):
-            against = _reason_against(weight, unfiltered)
-            if against is not None:
-                return replace(row, reason=against)
-        return _refused(row) if refuses else row
-    against = _reason_against(weight, selection)
-    if against is not None:
-        return replace(row, reason=against)
+        is_unknown = weight.problem is not None and weight.problem.unknown_type
+        if refuses or is_unknown:
+            reason = _reason_against(weight, unfiltered)
+            if reason is not None:
+                return replace(row, reason=reason)
+        return _refused_row(row) if refuses else replace(row, is_unknown=is_unknown)
+    reason = _reason_against(weight, selection)
+    if reason is not None:
+        return replace(row, reason=reason)
     if weight.problem is not None:
-        return _refused(row) if weight.problem.refuses else row
-    obstacle, note = _sharing(weight, sharers, selection)
+        return _refused_row(row) if weight.problem.refuses else row
+    obstacle, notes = _sharing(weight, sharers, selection)
     if obstacle:
         return replace(row, reason=obstacle)
     if weight.settings.num_svs > weight.available:
         plural = "s" if weight.available > 1 else ""
-        note = [f"tracks {weight.available} singular value{plural}, all it has", *note]
+        notes = [f"tracks {weight.available} singular value{plural}, all it has", *notes]
     if weight.spectral is not None:
-        note = ["takes over torch's spectral norm", *note]
-    return replace(row, decision=CONVERT, reason="; ".join(note))
+        notes = ["takes over torch's spectral norm", *notes]
+    return replace(row, decision=CONVERT, reason="; ".join(notes))
 
 
-def _refused(row: PlanRow) -> PlanRow:
+def _refused_row(row: PlanRow) -> PlanRow:
     problem = row.record.problem
     assert problem is not None
     return replace(row, decision=REFUSE, reason=row.record.message(problem))
@@ -334,44 +342,46 @@ def _sharing(
     Returns:
         The reason not to convert it ("" where there is none), and notes for the row of the plan.
     """
-    note, together = [], []
+    notes, sharing_names = [], []
     for other in sharers:
         if other is weight:
             continue
         if other.view is None:
-            why = "" if other.problem is None else other.problem.what
-            return f"shared with {other.name}, which is not normalised: {why}", []
+            problem = "" if other.problem is None else other.problem.what
+            return f"shared with {other.name}, which is not normalised: {problem}", []
         if other.view != weight.view:
             return f"shared with {other.name}, which reads it as other matrices", []
-        against = _reason_against(other, selection)
-        if other.norm is None and against is not None:
-            note.append(f"shares its parameter with {other.name}, left alone ({against})")
+        reason = _reason_against(other, selection)
+        if other.norm is None and reason is not None:
+            notes.append(f"shares its parameter with {other.name}, left alone ({reason})")
         else:
-            together.append(other.name)
-    if together:
-        note.append(f"shares its state with {', '.join(together)}")
-    return "", note
+            sharing_names.append(other.name)
+    if sharing_names:
+        notes.append(f"shares its state with {', '.join(sharing_names)}")
+    return "", notes
 
 
-def _estimated(row: PlanRow, known: dict[int, tuple[Tensor, Tensor] | ValueError]) -> PlanRow:
+def _with_estimate(
+    row: PlanRow, estimates: dict[int, tuple[Tensor, Tensor] | ValueError]
+) -> PlanRow:
     """Return the row of a weight to convert with its σ and the estimate to start from.
 
     A weight whose values cannot be used is refused.
 
     Args:
         row: the row, from `_decide`.
-        known: the estimate, or the error, of each tensor so far, by identity; filled here, so that
-            tied weights are computed once.
+        estimates: the estimate, or the error, of each tensor so far, by identity; filled here, so
+            that tied weights are computed once.
     """
     weight = row.record
     if row.shares is not None:
         return replace(row, sigma=float(row.shares.sv[:, 0].max()))
-    if weight.key not in known:
+    if weight.key not in estimates:
         try:
-            known[weight.key] = weight.estimate()
+            estimates[weight.key] = weight.estimate()
         except ValueError as error:
-            known[weight.key] = error
-    estimate = known[weight.key]
+            estimates[weight.key] = error
+    estimate = estimates[weight.key]
     if isinstance(estimate, ValueError):
         return replace(row, decision=REFUSE, reason=str(estimate))
     return replace(row, sigma=float(estimate[1][:, 0].max()), estimate=estimate)
@@ -387,8 +397,8 @@ def _with_progress(rows: Sequence[PlanRow], progress: bool | None) -> Iterable[P
             raise ImportError("progress=True needs tqdm: pip install 'snparam[progress]'") from None
         return rows
     # tqdm with disable=None is silent where stderr is no terminal.
-    shown: Any = {"disable": False} if progress else {"disable": None, "delay": 2.0}
+    display: Any = {"disable": False} if progress else {"disable": None, "delay": 2.0}
     bar: Iterable[PlanRow] = tqdm(
-        rows, desc="singular values", unit="weight", file=sys.stderr, leave=False, **shown
+        rows, desc="singular values", unit="weight", file=sys.stderr, leave=False, **display
     )
     return bar

@@ -6,15 +6,16 @@ A preset selects weights and sets no option; docs/presets.md has the source of e
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-Path = Sequence[tuple[str, nn.Module]]
-Leaves = Callable[[Path], bool]
+from snparam.layers.table import Path
+
+PathPredicate = Callable[[Path], bool]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Preset:
     """
 
     summary: str
-    rule: Callable[[nn.Module], Leaves]
+    rule: Callable[[nn.Module], PathPredicate]
 
 
 # Names of last layers in torchvision, timm, transformers and the code of papers. They count for
@@ -57,7 +58,7 @@ def preset_named(name: object) -> Preset:
     return PRESETS[name]
 
 
-def _nothing(_: nn.Module) -> Leaves:
+def _leave_nothing(_: nn.Module) -> PathPredicate:
     return lambda _: False
 
 
@@ -65,54 +66,56 @@ def _is_embedding(path: Path) -> bool:
     return isinstance(path[-1][1], nn.Embedding | nn.EmbeddingBag)
 
 
-def _embeddings(_: nn.Module) -> Leaves:
+def _leave_embeddings(_: nn.Module) -> PathPredicate:
     return _is_embedding
 
 
-def _head(model: nn.Module) -> Leaves:
+def _leave_head(model: nn.Module) -> PathPredicate:
     """Return a predicate that is True inside of the model's head.
 
-    The head is every module that the model's own methods return as such (`_TELLING`), and every
-    child of the root that is named like one.
+    The head is every module that the model's own methods return as such (`_HEAD_METHODS`), and
+    every child of the root that is named like one.
     """
-    told = {id(module) for method in _TELLING for module in _told(model, method)}
-    named = {name for name, _ in model.named_children() if _HEADS.fullmatch(name)}
+    returned = {
+        id(module) for method in _HEAD_METHODS for module in _modules_returned_by(model, method)
+    }
+    head_names = {name for name, _ in model.named_children() if _HEADS.fullmatch(name)}
 
-    def leaves(path: Path) -> bool:
-        return any(id(module) in told for _, module in path) or (
-            len(path) > 1 and path[1][0] in named
+    def is_head(path: Path) -> bool:
+        return any(id(module) in returned for _, module in path) or (
+            len(path) > 1 and path[1][0] in head_names
         )
 
-    return leaves
+    return is_head
 
 
 # Methods by which models of timm and of transformers return their last layers.
-_TELLING = ("get_classifier", "get_output_embeddings")
+_HEAD_METHODS = ("get_classifier", "get_output_embeddings")
 
 
-def _told(model: nn.Module, method: str) -> list[nn.Module]:
-    ask: Any = getattr(model, method, None)
-    if not callable(ask):
+def _modules_returned_by(model: nn.Module, method: str) -> list[nn.Module]:
+    function: Any = getattr(model, method, None)
+    if not callable(function):
         return []
     try:
-        answer = ask()
+        result = function()
     except (AttributeError, NotImplementedError, TypeError):
         # A base class has the method for models that have no such layer, too.
         return []
-    answers = answer if isinstance(answer, tuple | list) else [answer]
-    return [module for module in answers if isinstance(module, nn.Module)]
+    results = result if isinstance(result, tuple | list) else [result]
+    return [module for module in results if isinstance(module, nn.Module)]
 
 
-def _known_head(model: nn.Module) -> Leaves:
-    leaves = _head(model)
+def _leave_known_head(model: nn.Module) -> PathPredicate:
+    is_head = _leave_head(model)
     modules = dict(model.named_modules())
-    if not any(leaves(_path_of(modules, name)) for name in modules if name):
+    if not any(is_head(_path_of(modules, name)) for name in modules if name):
         children = ", ".join(name for name, _ in model.named_children())
         raise ValueError(
             f"preset='keep-head': no head was recognised in {type(model).__name__}, whose parts "
             f"are {children or 'none'}; name it with exclude="
         )
-    return leaves
+    return is_head
 
 
 def _path_of(modules: dict[str, nn.Module], name: str) -> Path:
@@ -121,24 +124,24 @@ def _path_of(modules: dict[str, nn.Module], name: str) -> Path:
     return [(name, modules[name]) for name in names if name in modules]
 
 
-def _head_and_embeddings(model: nn.Module) -> Leaves:
-    head = _head(model)
-    return lambda path: _is_embedding(path) or head(path)
+def _leave_head_and_embeddings(model: nn.Module) -> PathPredicate:
+    is_head = _leave_head(model)
+    return lambda path: _is_embedding(path) or is_head(path)
 
 
 def _is_attention(module: nn.Module) -> bool:
     return bool(_ATTENTION.fullmatch(type_before_parametrizations(module).__name__))
 
 
-def _outside_attention(_: nn.Module) -> Leaves:
+def _leave_outside_attention(_: nn.Module) -> PathPredicate:
     return lambda path: not any(_is_attention(module) for _, module in path)
 
 
 PRESETS = {
-    "gan-discriminator": Preset("nothing alone", _nothing),
-    "gan-generator": Preset("embeddings alone", _embeddings),
-    "keep-head": Preset("the last layer alone", _known_head),
-    "attention": Preset("everything outside of attention alone", _outside_attention),
-    "sigma-reparam": Preset("embeddings alone", _embeddings),
-    "sngp": Preset("embeddings and the last layer alone", _head_and_embeddings),
+    "gan-discriminator": Preset("nothing alone", _leave_nothing),
+    "gan-generator": Preset("embeddings alone", _leave_embeddings),
+    "keep-head": Preset("the last layer alone", _leave_known_head),
+    "attention": Preset("everything outside of attention alone", _leave_outside_attention),
+    "sigma-reparam": Preset("embeddings alone", _leave_embeddings),
+    "sngp": Preset("embeddings and the last layer alone", _leave_head_and_embeddings),
 }

@@ -8,8 +8,9 @@ from torch import nn
 from typing_extensions import Unpack
 
 from snparam.conversion.arguments import check_count_is_no_name, check_model
-from snparam.conversion.weights import Path, Weight, weight_at
+from snparam.conversion.weights import Weight, weight_at
 from snparam.layers.table import (
+    Path,
     is_packed,
     layout_named,
     layouts_of,
@@ -80,7 +81,7 @@ def register_sn(
     settings = settings_from(num_svs, num_itrs, options)
     layouts = layouts_of(module) if name is None else {name: layout_named(module, name)}
     if not layouts:
-        raise _nothing_known(module)
+        raise _no_weight_error(module)
     weights = [_weight_of(module, path, layout, settings) for path, layout in layouts.items()]
     for weight in weights:
         weight.check()
@@ -115,29 +116,29 @@ def remove_sn(module: _ModuleT, *, name: str | None = None, bake: bool = True) -
     """
     check_model(module, "remove_sn")
     if name is None:
-        own = [tensor for tensor, _ in norms_of(module)]
-        names = dict.fromkeys([*layouts_of(module), *own])
+        registered = [tensor for tensor, _ in norms_of(module)]
+        names = dict.fromkeys([*layouts_of(module), *registered])
     else:
         layout_named(module, name)  # raises where there is no such tensor
         names = dict.fromkeys([name])
-    places = [_owner_of(module, path) for path in names]
-    carried = [(owner, tensor) for owner, tensor in places if norm_on(owner, tensor)]
-    if not carried:
+    tensors = [_owner_and_name(module, path) for path in names]
+    normalised = [(owner, tensor) for owner, tensor in tensors if norm_on(owner, tensor)]
+    if not normalised:
         what = "no weight" if name is None else f"{name!r} not"
         raise ValueError(
             f"{type(module).__name__} has {what} registered with SpectralNorm; "
             "for a whole network use restore_model"
         )
-    for owner, tensor in carried:
+    for owner, tensor in normalised:
         check_alone(owner, tensor)
-    baked = [read_as_eval(owner, tensor) if bake else None for owner, tensor in carried]
+    baked = [read_as_eval(owner, tensor) if bake else None for owner, tensor in normalised]
     with all_or_nothing(module.modules()):
-        for (owner, tensor), value in zip(carried, baked, strict=True):
+        for (owner, tensor), value in zip(normalised, baked, strict=True):
             detach(owner, tensor, value)
     return module
 
 
-def _owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _owner_and_name(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return the module that has the tensor `name` of `module`, and the tensor's name in it."""
     inner, _, tensor_name = name.rpartition(".")
     return module.get_submodule(inner), tensor_name
@@ -158,7 +159,7 @@ def _weight_of(module: nn.Module, name: str, layout: Layout, settings: Settings)
     )
 
 
-def _nothing_known(module: nn.Module) -> Exception:
+def _no_weight_error(module: nn.Module) -> Exception:
     kind = type(module).__name__
     if is_packed(module):
         return TypeError(packed_message(module))
@@ -166,9 +167,9 @@ def _nothing_known(module: nn.Module) -> Exception:
         hook = hook_using(module, name)
         if hook is not None:
             return ValueError(f"{kind} is under {hook}; remove that first")
-    own = [n for n, p in module.named_parameters(recurse=False) if not is_lazy(p) and p.ndim >= 2]
-    if own:
-        return ValueError(f"{kind} is not in the layer table; pass name=, one of {own}")
+    names = [n for n, p in module.named_parameters(recurse=False) if not is_lazy(p) and p.ndim >= 2]
+    if names:
+        return ValueError(f"{kind} is not in the layer table; pass name=, one of {names}")
     if next(module.parameters(), None) is not None and next(module.children(), None) is not None:
         return ValueError(f"{kind} has no weight of its own; for layers inside use convert_model")
     return ValueError(f"{kind} has no weight of two or more dimensions")

@@ -37,14 +37,14 @@ def restore_model(model: _ModuleT, bake: bool = True) -> _ModuleT:
         TypeError: if `model` is no module.
     """
     check_model(model, "restore_model")
-    carriers = [(found.owner, found.tensor_name) for found in normalised_weights(model)]
-    for module, tensor in carriers:
+    weights = [(weight.owner, weight.tensor_name) for weight in normalised_weights(model)]
+    for module, tensor in weights:
         check_alone(module, tensor)
     if bake:
         check_shared(model)
-    values = [read_as_eval(module, tensor) if bake else None for module, tensor in carriers]
+    values = [read_as_eval(module, tensor) if bake else None for module, tensor in weights]
     with all_or_nothing(model.modules()):
-        for (module, tensor), value in zip(carriers, values, strict=True):
+        for (module, tensor), value in zip(weights, values, strict=True):
             detach(module, tensor, value)
         for system in SYSTEMS:
             system.on_restore(model)

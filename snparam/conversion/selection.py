@@ -10,15 +10,14 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from snparam.conversion.presets import Leaves, preset_named
+from snparam.conversion.presets import PathPredicate, preset_named
+from snparam.layers.table import Path
 from snparam.layers.torch_norms import hook_tensors
+from snparam.parametrization.find import qualified_name
 
 Selector: TypeAlias = str | type[nn.Module]
 Selectors: TypeAlias = Selector | Iterable[Selector] | None
 Filter: TypeAlias = Callable[[nn.Module, str], bool]
-
-# Qualified names and modules from the root of a model to one of its modules, both included.
-Path: TypeAlias = tuple[tuple[str, nn.Module], ...]
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Selection:
         filter_fn: predicate of a module and its qualified name, True to convert, or None.
         paths: every path from the root to each module of the model, by the module's identity.
         preset: name of the preset, or None.
-        left_by_preset: predicate of a path, True where the preset leaves out the weights of the
+        preset_excludes: predicate of a path, True where the preset leaves out the weights of the
             last module, or None.
     """
 
@@ -45,7 +44,7 @@ class Selection:
     filter_fn: Filter | None
     paths: Mapping[int, Sequence[Path]]
     preset: str | None = None
-    left_by_preset: Leaves | None = None
+    preset_excludes: PathPredicate | None = None
 
     @classmethod
     def of(
@@ -81,9 +80,7 @@ class Selection:
                     raise ValueError(_no_match(option, selector, modules))
         return selection
 
-    def reason_against(
-        self, path: Sequence[tuple[str, nn.Module]], module: nn.Module, name: str, tensor: str
-    ) -> str | None:
+    def reason_against(self, path: Path, module: nn.Module, name: str, tensor: str) -> str | None:
         """Return why the weight `tensor` of `module` is not selected, or None if it is.
 
         Args:
@@ -92,17 +89,19 @@ class Selection:
             name: the module's qualified name.
             tensor: the tensor's name.
         """
-        ways = self.paths[id(module)]
-        inside: list[tuple[str, nn.Module | None]] = [place for way in ways for place in way]
-        inside += [(_join(way[-1][0], tensor), None) for way in ways]
+        paths = self.paths[id(module)]
+        enclosing: list[tuple[str, nn.Module | None]] = [
+            place for module_path in paths for place in module_path
+        ]
+        enclosing += [(qualified_name(module_path[-1][0], tensor), None) for module_path in paths]
         for selector in self.exclude:
-            if _selects(selector, inside):
-                return f"excluded by {_show(selector)}"
-        if self.include is not None and not any(_selects(s, inside) for s in self.include):
+            if _selects(selector, enclosing):
+                return f"excluded by {_selector_text(selector)}"
+        if self.include is not None and not any(_selects(s, enclosing) for s in self.include):
             return "not included"
         if self.filter_fn is not None and not self.filter_fn(module, name):
             return "filter_fn says no"
-        if self.left_by_preset is not None and self.left_by_preset(path):
+        if self.preset_excludes is not None and self.preset_excludes(path):
             return f"left out by preset {self.preset!r}"
         return None
 
@@ -124,10 +123,10 @@ def _match_segments(patterns: list[str], segments: list[str]) -> bool:
     )
 
 
-def _selects(selector: Selector, inside: Sequence[tuple[str, nn.Module | None]]) -> bool:
+def _selects(selector: Selector, enclosing: Sequence[tuple[str, nn.Module | None]]) -> bool:
     if isinstance(selector, str):
-        return any(matches(selector, name) for name, _ in inside)
-    return any(isinstance(module, selector) for _, module in inside)
+        return any(matches(selector, name) for name, _ in enclosing)
+    return any(isinstance(module, selector) for _, module in enclosing)
 
 
 def _matches_any(selector: Selector, modules: Sequence[tuple[str, nn.Module]]) -> bool:
@@ -136,11 +135,11 @@ def _matches_any(selector: Selector, modules: Sequence[tuple[str, nn.Module]]) -
     return any(
         matches(selector, name)
         or any(
-            matches(selector, _join(name, tensor))
+            matches(selector, qualified_name(name, tensor))
             for tensor in [
                 *module._parameters,
                 *module._buffers,
-                *_parametrized(module),
+                *_parametrized_tensors(module),
                 *hook_tensors(module),
             ]
         )
@@ -149,10 +148,10 @@ def _matches_any(selector: Selector, modules: Sequence[tuple[str, nn.Module]]) -
 
 
 def _paths_by_module(model: nn.Module) -> dict[int, list[Path]]:
-    found: dict[int, list[Path]] = {}
+    by_module: dict[int, list[Path]] = {}
     for path in _paths((("", model),)):
-        found.setdefault(id(path[-1][1]), []).append(path)
-    return found
+        by_module.setdefault(id(path[-1][1]), []).append(path)
+    return by_module
 
 
 def _paths(path: Path) -> Iterator[Path]:
@@ -165,42 +164,38 @@ def _paths(path: Path) -> Iterator[Path]:
     for child_name, child in module._modules.items():
         inner = child_name == "parametrizations" and is_parametrized(module)
         if child is not None and not inner and all(child is not above for _, above in path):
-            yield from _paths((*path, (_join(name, child_name), child)))
+            yield from _paths((*path, (qualified_name(name, child_name), child)))
 
 
-def _join(name: str, part: str) -> str:
-    return f"{name}.{part}" if name else part
-
-
-def _parametrized(module: nn.Module) -> Iterable[str]:
+def _parametrized_tensors(module: nn.Module) -> Iterable[str]:
     return list(module.parametrizations) if is_parametrized(module) else ()  # type: ignore[arg-type]
 
 
 def _no_match(option: str, selector: Selector, modules: Sequence[tuple[str, nn.Module]]) -> str:
     if isinstance(selector, str):
-        seen = [name for name, _ in modules if name]
+        names = [name for name, _ in modules if name]
         kind, hint = "module or weight", " ('**.name' matches at any depth)"
     else:
-        seen = sorted({type_before_parametrizations(module).__name__ for _, module in modules})
+        names = sorted({type_before_parametrizations(module).__name__ for _, module in modules})
         kind, hint = "module of that type", ""
-    shown = ", ".join(seen[:8]) + (", ..." if len(seen) > 8 else "")
-    return f"{option}={_show(selector)} matches no {kind}{hint}; the model has {shown}"
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"{option}={_selector_text(selector)} matches no {kind}{hint}; the model has {shown}"
 
 
 def _as_tuple(option: str, selectors: Selectors) -> tuple[Selector, ...]:
     if selectors is None:
         return ()
-    given: tuple[Any, ...] = (selectors,)
+    as_tuple: tuple[Any, ...] = (selectors,)
     if isinstance(selectors, Iterable) and not isinstance(selectors, str | type):
-        given = tuple(selectors)
-    for selector in given:
+        as_tuple = tuple(selectors)
+    for selector in as_tuple:
         is_type = isinstance(selector, type) and issubclass(selector, nn.Module)
         if not isinstance(selector, str) and not is_type:
             raise TypeError(
                 f"{option}={selector!r}: expected module types and name patterns, one or several"
             )
-    return given
+    return as_tuple
 
 
-def _show(selector: Selector) -> str:
+def _selector_text(selector: Selector) -> str:
     return repr(selector) if isinstance(selector, str) else selector.__name__

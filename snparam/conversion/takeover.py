@@ -31,7 +31,7 @@ def remove_torch_norm(spectral: TorchSpectralNorm) -> None:
         owner._state_dict_hooks,
         owner._load_state_dict_pre_hooks,
     ):
-        for key in [key for key, hook in hooks.items() if _belongs(hook, spectral.hook)]:
+        for key in [key for key, hook in hooks.items() if _is_hook_of(hook, spectral.hook)]:
             del hooks[key]
     owner.__dict__.pop(name)
     for vector in "uv":
@@ -42,7 +42,7 @@ def remove_torch_norm(spectral: TorchSpectralNorm) -> None:
         parameters[ordinary] = parameters.pop(parameter)
 
 
-def _belongs(hook: Any, spectral: SpectralNorm) -> bool:
+def _is_hook_of(hook: Any, spectral: SpectralNorm) -> bool:
     """Return whether a hook is one of those that a deprecated spectral norm has registered."""
     hook = getattr(hook, "hook", hook)  # torch wraps load_state_dict hooks
     if isinstance(hook, SpectralNormStateDictHook | SpectralNormLoadStateDictPreHook):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from snparam.conversion.wrappers import FLAT, flattens, wrapper_problem
 from snparam.estimators.completion import complete_state
-from snparam.layers.table import is_packed, layer_type, layouts_of, note_on, obstacle_in
+from snparam.layers.table import Path, is_packed, layer_type, layouts_of, note_on, obstacle_in
 from snparam.layers.tensors import QUANTISE_LAST, Problem, is_lazy, reading_problem, tensor_problem
 from snparam.layers.torch_norms import (
     TorchSpectralNorm,
@@ -24,17 +24,11 @@ from snparam.matrices.orthonormalisation import orthonormal_rows
 from snparam.matrices.products import real_dtype
 from snparam.matrices.stacks import compute_dtype, is_finite, stack_of
 from snparam.matrices.views import Layout, View
-from snparam.parametrization.find import is_normalised, norm_on
+from snparam.parametrization.find import is_normalised, norm_on, qualified_name
 from snparam.parametrization.options import Settings
 from snparam.parametrization.spectral_norm import SpectralNorm
 
-# Qualified names and modules from the root of a model to one of its modules, both included.
-Path = tuple[tuple[str, nn.Module], ...]
-
-
-ALREADY = Problem("it is registered already", "remove_sn first to change its options")
-# The end of the reason to skip a layer whose type a user can add to the layer table.
-UNKNOWN = "is not in the layer table"
+_REGISTERED = Problem("it is registered already", "remove_sn first to change its options")
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class Weight:
     @property
     def name(self) -> str:
         """Qualified name of the weight."""
-        return _join(self.module_name, self.tensor_name)
+        return qualified_name(self.module_name, self.tensor_name)
 
     @property
     def key(self) -> int:
@@ -146,8 +140,8 @@ class Weight:
             problem = Problem("it has NaN or inf", "repair or re-initialise it first")
             raise ValueError(self.message(problem))
         count = min(self.settings.num_svs, self.available)
-        given = None if self.spectral is None else self.spectral.left_vector(self.view)
-        u, sv = complete_state(stack, given, None, count)
+        torch_u = None if self.spectral is None else self.spectral.left_vector(self.view)
+        u, sv = complete_state(stack, torch_u, None, count)
         dtype = compute_dtype(tensor.dtype)
         return u.to(dtype), sv.to(real_dtype(dtype))
 
@@ -205,16 +199,16 @@ def weight_at(
         label: what to call it in errors; its qualified name, if not given.
     """
     owner = path[-1][1]
-    tensor = _tensor_at(owner, tensor_name)
+    tensor = _tensor_named(owner, tensor_name)
     norm = norm_on(owner, tensor_name)
     spectral = torch_spectral_norm_on(owner, tensor_name)
     view, problem = None, None
     if norm is not None:
-        view, problem = norm.view, ALREADY
+        view, problem = norm.view, _REGISTERED
     elif spectral is not None and not take_over:
-        problem = _under_spectral(spectral)
+        problem = _torch_norm_problem(spectral)
     else:
-        problem = _problem(path, tensor_name, tensor, settings, obstacle)
+        problem = _registration_problem(path, tensor_name, tensor, settings, obstacle)
         if problem is None:
             assert tensor is not None
             try:
@@ -223,7 +217,7 @@ def weight_at(
                 problem = Problem(str(error), "choose blocks that divide the rows")
             else:
                 problem = reading_problem(tensor, view)
-    label = label or f"'{_join(path[-1][0], tensor_name)}'"
+    label = label or f"'{qualified_name(path[-1][0], tensor_name)}'"
     return Weight(path, tensor_name, tensor, settings, layout, view, problem, norm, spectral, label)
 
 
@@ -238,47 +232,54 @@ def weights_in(model: nn.Module, settings: Settings, take_over: bool = False) ->
         settings: the options.
         take_over: whether torch's spectral norm on a weight is to be taken over, and so no problem.
     """
-    listed: dict[int, Mapping[str, tuple[Layout, str | None]]] = {}
-    for path in _paths((("", model),), set()):
+    layouts_by_module: dict[int, Mapping[str, tuple[Layout, str | None]]] = {}
+    for path in _unique_paths((("", model),), set()):
         module = path[-1][1]
         obstacle = obstacle_in(module)
-        listed[id(module)] = {n: (layout, obstacle) for n, layout in layouts_of(module).items()}
-        layouts = dict(listed[id(module)])
+        layouts_by_module[id(module)] = {
+            name: (layout, obstacle) for name, layout in layouts_of(module).items()
+        }
+        layouts = dict(layouts_by_module[id(module)])
         if len(path) > 1:  # weights of this module that its parent's row lists
-            inner = path[-1][0].rpartition(".")[2] + "."
-            for name, found in listed[id(path[-2][1])].items():
-                if name.startswith(inner):
-                    layouts[name.removeprefix(inner)] = found
+            child_prefix = path[-1][0].rpartition(".")[2] + "."
+            for name, entry in layouts_by_module[id(path[-2][1])].items():
+                if name.startswith(child_prefix):
+                    layouts[name.removeprefix(child_prefix)] = entry
         if is_packed(module):
-            packed = Problem("quantised: its weight is packed", QUANTISE_LAST)
-            yield _unlisted(path, "weight", None, settings, packed)
+            packed_problem = Problem("quantised: its weight is packed", QUANTISE_LAST)
+            yield _unlisted_weight(path, "weight", None, settings, packed_problem)
         if flattens(module) and not is_normalised(module):
-            flat = wrapper_problem([module], None, settings)
-            assert flat is not None
-            yield _unlisted(path, FLAT, module._parameters.get(FLAT), settings, flat)
-        for tensor_name, tensor in _tensors(module):
+            flat_problem = wrapper_problem([module], None, settings)
+            assert flat_problem is not None
+            yield _unlisted_weight(path, FLAT, module._parameters.get(FLAT), settings, flat_problem)
+        for tensor_name, tensor in _named_originals(module):
             if not is_lazy(tensor) and tensor.ndim < 2:
                 continue
             note = note_on(path, tensor_name)
-            layout, against = layouts.get(tensor_name, (None, None))
+            layout, weight_obstacle = layouts.get(tensor_name, (None, None))
             layout = note if isinstance(note, Layout) else layout
             if isinstance(note, str):
                 problem = Problem(note, "leave it out")
-                yield _unlisted(path, tensor_name, tensor, settings, problem)
+                yield _unlisted_weight(path, tensor_name, tensor, settings, problem)
             elif layout is None:
-                problem = _unknown(module, tensor_name, tensor)
-                yield _unlisted(path, tensor_name, tensor, settings, problem)
+                problem = _table_problem(module, tensor_name, tensor)
+                yield _unlisted_weight(path, tensor_name, tensor, settings, problem)
             else:
                 yield weight_at(
-                    path, tensor_name, layout, settings, obstacle=against, take_over=take_over
+                    path,
+                    tensor_name,
+                    layout,
+                    settings,
+                    obstacle=weight_obstacle,
+                    take_over=take_over,
                 )
 
 
-def _unlisted(
+def _unlisted_weight(
     path: Path, tensor_name: str, tensor: Tensor | None, settings: Settings, problem: Problem
 ) -> Weight:
     """Return the record of a tensor that the layer table does not read as matrices."""
-    label, norm = f"'{_join(path[-1][0], tensor_name)}'", norm_on(path[-1][1], tensor_name)
+    label, norm = f"'{qualified_name(path[-1][0], tensor_name)}'", norm_on(path[-1][1], tensor_name)
     view = None if norm is None else norm.view
     return Weight(path, tensor_name, tensor, settings, None, view, problem, norm, None, label)
 
@@ -286,15 +287,15 @@ def _unlisted(
 # Why a tensor cannot be normalised
 
 
-def _problem(
+def _registration_problem(
     path: Path, tensor_name: str, tensor: Tensor | None, settings: Settings, obstacle: str | None
 ) -> Problem | None:
     owner = path[-1][1]
     if parametrize.is_parametrized(owner, tensor_name) and not torch_spectral_norm_on(
         owner, tensor_name
     ):
-        kinds = parametrizations_on(owner, tensor_name)
-        return Problem(f"it is parametrized already, by {kinds}", "remove that parametrization")
+        names = parametrizations_on(owner, tensor_name)
+        return Problem(f"it is parametrized already, by {names}", "remove that parametrization")
     if tensor is None:
         return Problem(
             "it is no parameter or buffer (a quantised module, or one with a weight hook)",
@@ -303,20 +304,20 @@ def _problem(
         )
     if is_lazy(tensor):
         return Problem("it is uninitialised (a lazy module)", "run one forward first")
-    wrapped = wrapper_problem((module for _, module in path), tensor, settings)
-    if wrapped is not None:
-        return wrapped
+    problem = wrapper_problem((module for _, module in path), tensor, settings)
+    if problem is not None:
+        return problem
     if obstacle is not None:
         return Problem(obstacle, "change that, or leave this layer out")
     return tensor_problem(tensor)
 
 
-def _under_spectral(spectral: TorchSpectralNorm) -> Problem:
+def _torch_norm_problem(spectral: TorchSpectralNorm) -> Problem:
     kind = "torch's deprecated spectral_norm" if spectral.hook else "torch's spectral_norm"
     return Problem(f"it is under {kind} already", "convert_model with replace=True takes that over")
 
 
-def _unknown(module: nn.Module, tensor_name: str, tensor: Tensor) -> Problem:
+def _table_problem(module: nn.Module, tensor_name: str, tensor: Tensor) -> Problem:
     """Return why the layer table does not read a tensor as matrices."""
     hook = hook_using(module, tensor_name)
     if hook is not None:
@@ -335,55 +336,55 @@ def _unknown(module: nn.Module, tensor_name: str, tensor: Tensor) -> Problem:
         return Problem(f"no weight of {kind} by the layer table", "leave it out")
     if not is_lazy(tensor) and max(tensor.shape) == tensor.numel():
         return Problem("a single vector, and no matrix", "leave it out")
-    return Problem(f"{kind} {UNKNOWN}", "add its type with register_layer_type")
+    return Problem(
+        f"{kind} is not in the layer table",
+        "add its type with register_layer_type",
+        unknown_type=True,
+    )
 
 
 # Where tensors are
 
 
-def _tensor_at(owner: nn.Module, tensor_name: str) -> Tensor | None:
+def _tensor_named(owner: nn.Module, tensor_name: str) -> Tensor | None:
     """Return a parameter or buffer of a module by its name, or None.
 
     For a tensor that is computed from parameters, that is the largest of them.
     """
-    tensor = dict(_tensors(owner)).get(tensor_name)
+    tensor = dict(_named_originals(owner)).get(tensor_name)
     return owner._buffers.get(tensor_name) if tensor is None else tensor
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _named_originals(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters of a module, not of its children, by name.
 
     Of the originals of a parametrized tensor, the largest has the tensor's name.
     """
-    computed = {f"{name}_orig": name for name in hook_tensors(module)}
+    tensor_names = {f"{name}_orig": name for name in hook_tensors(module)}
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            yield computed.get(name, name), parameter
+            yield tensor_names.get(name, name), parameter
     if parametrize.is_parametrized(module):
         for name, parametrizations in module.parametrizations.items():  # type: ignore[union-attr, operator]
             originals = dict(parametrizations.named_parameters(recurse=False))
             largest = max(originals, key=lambda n: originals[n].numel(), default="")
             for original, parameter in originals.items():
-                inside = f"parametrizations.{name}.{original}"
-                yield (name if original == largest else inside), parameter
+                part_name = f"parametrizations.{name}.{original}"
+                yield (name if original == largest else part_name), parameter
 
 
-def _paths(path: Path, seen: set[int]) -> Iterator[Path]:
+def _unique_paths(path: Path, visited: set[int]) -> Iterator[Path]:
     """Yield one path to each module inside the last module of a path, itself included.
 
     Args:
         path: the path to begin with.
-        seen: identities of the modules that have had a path; filled here.
+        visited: identities of the modules that have had a path; filled here.
     """
     name, module = path[-1]
-    if id(module) in seen:
+    if id(module) in visited:
         return
-    seen.add(id(module))
+    visited.add(id(module))
     yield path
     for child_name, child in module.named_children():
         if not (child_name == "parametrizations" and parametrize.is_parametrized(module)):
-            yield from _paths((*path, (_join(name, child_name), child)), seen)
-
-
-def _join(module_name: str, name: str) -> str:
-    return f"{module_name}.{name}" if module_name else name
+            yield from _unique_paths((*path, (qualified_name(name, child_name), child)), visited)

@@ -37,19 +37,19 @@ def wrapper_problem(
     for module in modules:
         if flattens(module):
             kind = type(module).__name__
-            what = f"{kind} has flattened the parameters inside of it"
-            return Problem(what, _convert_first(kind), refuses=True)
+            reason = f"{kind} has flattened the parameters inside of it"
+            return Problem(reason, _convert_first(kind), refuses=True)
     if tensor is not None and is_fully_sharded(tensor, modules):
-        what = "fully_shard has it in hand already"
-        return Problem(what, "convert_model first, then fully_shard", refuses=True)
+        reason = "fully_shard has it in hand already"
+        return Problem(reason, "convert_model first, then fully_shard", refuses=True)
     if any(isinstance(module, DistributedDataParallel) for module in modules):
         kind = "DistributedDataParallel"
         if settings.gain == "learned":
-            what = f"{kind}, made before, would not reduce the gradient of its gain"
-            return Problem(what, _convert_first(kind), refuses=True)
+            reason = f"{kind}, made before, would not reduce the gradient of its gain"
+            return Problem(reason, _convert_first(kind), refuses=True)
         if settings.init == "random":
-            what = f"{kind}, made before, would not broadcast its random start"
-            return Problem(what, _convert_first(kind), refuses=True)
+            reason = f"{kind}, made before, would not broadcast its random start"
+            return Problem(reason, _convert_first(kind), refuses=True)
     return None
 
 

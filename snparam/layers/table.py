@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from snparam.layers.rows import ROWS, LayerType, layout_in, qualified_class_name
 from snparam.layers.tensors import QUANTISE_LAST
 from snparam.layers.torch_norms import hook_computing, hook_tensors, hook_using
 from snparam.matrices.views import Layout
+
+# Qualified names and modules from the root of a model to one of its modules, both included.
+Path: TypeAlias = Sequence[tuple[str, nn.Module]]
 
 
 class UserRows:
@@ -101,7 +105,7 @@ def obstacle_in(module: nn.Module) -> str | None:
     return None if row is None or row.obstacle is None else row.obstacle(module)
 
 
-def note_on(path: Sequence[tuple[str, nn.Module]], tensor_name: str) -> Layout | str | None:
+def note_on(path: Path, tensor_name: str) -> Layout | str | None:
     """Return the layout, or the reason to leave it alone, that the modules around a tensor give.
 
     The result is None if the rows of these modules say nothing about the tensor.

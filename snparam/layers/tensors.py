@@ -33,12 +33,15 @@ class Problem:
         error: type of the exception that `register_sn` raises.
         refuses: whether a conversion refuses instead of skipping the weight, because calls were
             made in the wrong order, and a network with this weight left out is not what was meant.
+        unknown_type: whether the reason is that the layer table does not know the module's type,
+            which a user can add.
     """
 
     what: str
     remedy: str
     error: type[Exception] = ValueError
     refuses: bool = False
+    unknown_type: bool = False
 
 
 def is_lazy(tensor: Tensor) -> bool:

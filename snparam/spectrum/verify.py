@@ -13,7 +13,7 @@ from snparam.estimators import convergence
 from snparam.matrices.sharded import ShardedStack
 from snparam.matrices.stacks import is_finite, stack_of
 from snparam.parametrization.attachment import read_as_eval
-from snparam.parametrization.find import normalised_weights
+from snparam.parametrization.find import normalised_weights, qualified_name
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class VerificationRow:
     @property
     def weight(self) -> str:
         """Qualified name of the weight."""
-        return f"{self.name}.{self.tensor}" if self.name else self.tensor
+        return qualified_name(self.name, self.tensor)
 
 
 class Verification(list[VerificationRow]):

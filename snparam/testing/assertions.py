@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from snparam.conversion.plan import ALREADY, CONVERT, REFUSE, plan_of
+from snparam.conversion.plan import CONVERT, REFUSE, plan_of
 from snparam.conversion.selection import Filter, Selection, Selectors
 from snparam.conversion.weights import Weight, weights_in
 from snparam.estimators import convergence
@@ -114,13 +114,13 @@ def assert_converted(
     plan = plan_of(list(weights_in(model, Settings(), take_over=True)), selection, norms)
     missing = [row for row in plan if row.decision in (CONVERT, REFUSE)]
     if missing:
-        eligible = len(missing) + sum(row.reason == ALREADY for row in plan)
+        eligible = len(missing) + sum(row.is_normalised for row in plan)
         rows = "\n  ".join(f"{row.weight} {row.layer_type} {row.shape}" for row in missing)
         raise AssertionError(
             f"{len(missing)} of {eligible} eligible weights of {type(model).__name__} are not "
             f"under SpectralNorm (expected all):\n  {rows}"
         )
-    if not any(row.reason == ALREADY for row in plan):
+    if not any(row.is_normalised for row in plan):
         reasons = "".join(f"\n  {row.weight} {row.shape}: {row.reason}" for row in plan)
         raise AssertionError(
             f"{type(model).__name__} has no weight under SpectralNorm, and none eligible{reasons}"
