@@ -28,7 +28,7 @@ from snparam.parametrization.frames import outward
 
 _SAVE = "save_pretrained"
 # The ordinary model's methods that the EMAModel calls, before it copies the averages and after.
-_CALLED = ("register_to_config", _SAVE)
+_MODEL_METHODS = ("register_to_config", _SAVE)
 _AVERAGES = "shadow_params"
 
 _converted: WeakSet[nn.Module] = WeakSet()
@@ -36,14 +36,16 @@ _converted: WeakSet[nn.Module] = WeakSet()
 
 def refuse_averages(model: nn.Module) -> None:
     """Let models of a converted model's class refuse to be filled with averages of such a model."""
-    defined = [(cls, name) for name in _CALLED for cls in definitions(type(model), name)]
-    if {name for _, name in defined} == set(_CALLED) and is_normalised(model):
+    methods = [(cls, name) for name in _MODEL_METHODS for cls in definitions(type(model), name)]
+    if {name for _, name in methods} == set(_MODEL_METHODS) and is_normalised(model):
         _converted.add(model)
-        for cls, name in defined:
-            wrap(cls, name, _unless_average)
+        for cls, name in methods:
+            wrap(cls, name, _run_unless_averages)
 
 
-def _unless_average(method: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _run_unless_averages(
+    method: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
     averages = _averages_being_saved(type(model))
     # `register_to_config` also runs before the model is initialised, when it has no `_modules`.
     is_ordinary = "_modules" in vars(model) and not is_normalised(model)

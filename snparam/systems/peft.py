@@ -20,7 +20,7 @@ from snparam.parametrization.extensions import System, register_system
 from snparam.parametrization.find import norms_of
 from snparam.parametrization.frames import outward
 
-_ASKED = "base_layer"
+_ATTRIBUTE = "base_layer"
 _RESTORE = (
     "call restore_model(model), which leaves the normalised weights as ordinary ones, and then "
     "again what you called"
@@ -31,7 +31,7 @@ _ADAPT_FIRST = (
 )
 _LEAVE_OUT = "leave this module out of the conversion, by exclude="
 # What to do instead, by peft's method that writes to the weight (those of its version 0.21).
-_INSTEAD = {
+_REMEDIES = {
     **dict.fromkeys(("merge", "unmerge", "unload_and_optionally_merge_module"), _RESTORE),
     **dict.fromkeys(("pissa_init", "olora_init", "corda_init", "loftq_init"), _ADAPT_FIRST),
     **dict.fromkeys(("lora_ga_init", "_truncate_base_weight"), _ADAPT_FIRST),
@@ -45,35 +45,35 @@ def refuse_merging(owner: nn.Module) -> None:
     Its class has to be its own.
     """
     cls = type(owner)
-    if _ASKED not in vars(cls):
-        setattr(cls, _ASKED, _ANSWER)
+    if _ATTRIBUTE not in vars(cls):
+        setattr(cls, _ATTRIBUTE, _PROPERTY)
 
 
 def allow_merging(owner: nn.Module) -> None:
     """Undo `refuse_merging`."""
     cls = type(owner)
-    if vars(cls).get(_ASKED) is _ANSWER:
-        delattr(cls, _ASKED)
+    if vars(cls).get(_ATTRIBUTE) is _PROPERTY:
+        delattr(cls, _ATTRIBUTE)
 
 
-def _asked(self: nn.Module) -> Any:
+def _base_layer(self: nn.Module) -> Any:
     """Answer for `base_layer` as any module does, or refuse if peft reads it in order to write."""
     norm = next((norm for _, norm in norms_of(self)), None)
     if norm is not None:
-        method = _writing(sys._getframe(1))
+        method = _writing_method(sys._getframe(1))
         if method is not None:
             raise RuntimeError(
                 f"SpectralNorm on {norm.name} {norm.view.shape}: {method} of a peft adapter would "
                 "write to a weight that is computed anew at each read, and what it writes would be "
-                f"lost; {_INSTEAD[method]}."
+                f"lost; {_REMEDIES[method]}."
             )
-    return nn.Module.__getattr__(self, _ASKED)
+    return nn.Module.__getattr__(self, _ATTRIBUTE)
 
 
-_ANSWER = property(_asked)
+_PROPERTY = property(_base_layer)
 
 
-def _writing(frame: FrameType) -> str | None:
+def _writing_method(frame: FrameType) -> str | None:
     """Return the method of peft's that reads the attribute, if it is one that writes, or None.
 
     The frames of `get_base_layer` are skipped: what matters is the method that calls it.
@@ -81,12 +81,12 @@ def _writing(frame: FrameType) -> str | None:
     Args:
         frame: the frame that reads the attribute.
     """
-    for asking in outward(frame):
-        if not asking.f_globals.get("__name__", "").startswith("peft."):
+    for caller in outward(frame):
+        if not caller.f_globals.get("__name__", "").startswith("peft."):
             return None
-        method = asking.f_code.co_name
+        method = caller.f_code.co_name
         if method != "get_base_layer":
-            return method if method in _INSTEAD else None
+            return method if method in _REMEDIES else None
     return None
 
 

@@ -16,17 +16,17 @@ from snparam.parametrization.classes import unwrap, wrap
 from snparam.parametrization.extensions import System, register_system
 from snparam.parametrization.find import norms_of
 
-_PICKLED = "__getstate__"
+_METHOD = "__getstate__"
 
 
 def refuse_pickling(owner: nn.Module) -> None:
     """Let a module, whose class is its own, refuse pickling and say what to do instead."""
-    wrap(type(owner), _PICKLED, _refuse)
+    wrap(type(owner), _METHOD, _refuse)
 
 
 def allow_pickling(owner: nn.Module) -> None:
     """Undo `refuse_pickling`."""
-    unwrap(type(owner), _PICKLED, _refuse)
+    unwrap(type(owner), _METHOD, _refuse)
 
 
 def _refuse(getstate: Callable[[nn.Module], Any], owner: nn.Module) -> Any:

@@ -38,7 +38,7 @@ from snparam.parametrization.spectral_norm import SpectralNorm
 _TIE = "tie_weights"
 _RESIZE = "resize_token_embeddings"
 # What transformers' models call the modules that are resized.
-_RESIZED = ("get_input_embeddings", "get_output_embeddings")
+_EMBEDDING_METHODS = ("get_input_embeddings", "get_output_embeddings")
 
 
 def replace_normalised(model: nn.Module) -> None:
@@ -47,27 +47,29 @@ def replace_normalised(model: nn.Module) -> None:
     The methods are wrapped in the classes that define them.
     """
     for module in model.modules():
-        for name, around in ((_TIE, _as_ordinary), (_RESIZE, _resize)):
+        for name, wrapper in ((_TIE, _run_on_ordinary_modules), (_RESIZE, _resize)):
             cls = next(definitions(type(module), name), None)
             if cls is not None and is_normalised(module):
-                wrap(cls, name, around)
+                wrap(cls, name, wrapper)
 
 
 def _resize(resize: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     for weight in _embeddings(model):
         if weight.norm.view.matrices[0] > 1:
-            raise ValueError(_several_matrices(weight))
-    return _as_ordinary(resize, model, *args, **kwargs)
+            raise ValueError(_several_matrices_message(weight))
+    return _run_on_ordinary_modules(resize, model, *args, **kwargs)
 
 
-def _as_ordinary(method: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _run_on_ordinary_modules(
+    method: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
     """Run a method of a model on the ordinary modules, and normalise their weights again."""
     weights = list(normalised_weights(model))
     if not weights:
         return method(model, *args, **kwargs)
     for weight in weights:
         check_alone(weight.owner, weight.tensor_name)
-    names = list(normalised_weights(model, every_name=True))
+    named_weights = list(normalised_weights(model, every_name=True))
     originals = {id(weight.original): weight.original for weight in weights}
     states = {id(weight.original): weight.norm for weight in weights}
     scales = {id(w.norm): _scale(w) for w in weights if w.norm.settings.gain is not None}
@@ -76,11 +78,12 @@ def _as_ordinary(method: Callable[..., Any], model: nn.Module, *args: Any, **kwa
     try:
         result = method(model, *args, **kwargs)
     finally:
-        left = _put_back([_Place.of(model, weight) for weight in names], states, scales)
+        places = [_Place.of(model, weight) for weight in named_weights]
+        left_ordinary = _attach_states(places, states, scales)
         # Kept until here, or a new Parameter could have got the id of one that is gone.
         del originals
-    if left:
-        raise ValueError("\n".join(map(_several_matrices, left)))
+    if left_ordinary:
+        raise ValueError("\n".join(map(_several_matrices_message, left_ordinary)))
     return result
 
 
@@ -108,7 +111,7 @@ class _Place:
         return cls(weight, owner, tensors.get(weight.tensor_name))
 
 
-def _put_back(
+def _attach_states(
     places: list[_Place], states: dict[int, SpectralNorm], scales: dict[int, float]
 ) -> list[NormalisedWeight]:
     """Attach to each tensor the state that it had, or else the one that its place had.
@@ -122,34 +125,35 @@ def _put_back(
     Returns:
         The weights left ordinary, because their view cannot read the shape that they have now.
     """
-    left, taken = [], {id(states[id(p.tensor)]) for p in places if id(p.tensor) in states}
+    left_ordinary = []
+    used_states = {id(states[id(p.tensor)]) for p in places if id(p.tensor) in states}
     for place in places:
         weight, owner, tensor = place.weight, place.owner, place.tensor
         if owner is None or tensor is None or norm_on(owner, weight.tensor_name) is not None:
             continue
         shape = tuple(tensor.shape)
-        view = _resized(weight.norm.view, shape)
+        view = _view_of_shape(weight.norm.view, shape)
         if view is None:
-            left.append(weight)
+            left_ordinary.append(weight)
             continue
         norm = states.get(id(tensor))
-        if norm is None or _resized(norm.view, shape) != view:
+        if norm is None or _view_of_shape(norm.view, shape) != view:
             # Another tensor may have kept the state that this place had.
-            norm = copy.deepcopy(weight.norm) if id(weight.norm) in taken else weight.norm
-            taken.add(id(norm))
+            norm = copy.deepcopy(weight.norm) if id(weight.norm) in used_states else weight.norm
+            used_states.add(id(norm))
             states[id(tensor)] = norm
             if norm.view == view:
                 norm.refresh(tensor)
         if norm.view != view:
-            _begin_anew(norm, view, tensor, scales.get(id(norm)))
+            _start_anew(norm, view, tensor, scales.get(id(norm)))
         if owner is not weight.owner:
             owner.train(weight.owner.training)
         attach(owner, weight.tensor_name, norm)
-    return left
+    return left_ordinary
 
 
 @torch.no_grad()
-def _begin_anew(norm: SpectralNorm, view: View, weight: Tensor, scale: float | None) -> None:
+def _start_anew(norm: SpectralNorm, view: View, weight: Tensor, scale: float | None) -> None:
     """Start a state anew for a weight of another shape, with the same options.
 
     Args:
@@ -172,12 +176,14 @@ def _begin_anew(norm: SpectralNorm, view: View, weight: Tensor, scale: float | N
 
 def _scale(weight: NormalisedWeight) -> float:
     """Return the γ / σ by which eval mode multiplies a weight of one block; 1 for a zero weight."""
-    used = read_as_eval(weight.owner, weight.tensor_name)
-    lengths = [torch.linalg.vector_norm(w.detach().double()) for w in (used, weight.original)]
+    weight_in_use = read_as_eval(weight.owner, weight.tensor_name)
+    lengths = [
+        torch.linalg.vector_norm(w.detach().double()) for w in (weight_in_use, weight.original)
+    ]
     return float(lengths[0] / lengths[1]) if lengths[1] else 1.0
 
 
-def _resized(view: View, shape: tuple[int, ...]) -> View | None:
+def _view_of_shape(view: View, shape: tuple[int, ...]) -> View | None:
     """Return the view that reads the axes of another shape in the same way, or None without one."""
     if shape == view.shape:
         return view
@@ -188,13 +194,13 @@ def _resized(view: View, shape: tuple[int, ...]) -> View | None:
 
 def _embeddings(model: nn.Module) -> Iterator[NormalisedWeight]:
     """Return the normalised weights of a model's embeddings, and those that share a Parameter."""
-    modules = [getattr(model, name)() for name in _RESIZED if hasattr(model, name)]
+    modules = [getattr(model, name)() for name in _EMBEDDING_METHODS if hasattr(model, name)]
     weights = list(normalised_weights(model))
     originals = {id(w.original) for w in weights if any(w.owner is module for module in modules)}
     return (weight for weight in weights if id(weight.original) in originals)
 
 
-def _several_matrices(weight: NormalisedWeight) -> str:
+def _several_matrices_message(weight: NormalisedWeight) -> str:
     return (
         f"SpectralNorm on {weight}: it is read as {weight.norm.view.matrices[0]} matrices, and "
         f"{_RESIZE} leaves open which rows belong to each; call restore_model(model, bake=False), "
