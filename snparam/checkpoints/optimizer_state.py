@@ -181,12 +181,18 @@ def _plain_names(model: nn.Module) -> dict[int, str]:
 
 
 def _plain_parameters(
-    module: nn.Module, prefix: str, seen: set[int]
+    module: nn.Module, prefix: str, visited: set[int]
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield what `named_parameters` of the ordinary network yields; `seen` has ids of modules."""
-    if id(module) in seen:
+    """Yield what `named_parameters` of the ordinary network yields.
+
+    Args:
+        module: the root, or a module inside it.
+        prefix: the prefix of the module's parameters.
+        visited: identities of the modules that have been yielded from; filled here.
+    """
+    if id(module) in visited:
         return
-    seen.add(id(module))
+    visited.add(id(module))
     lists: Any = module._modules.get("parametrizations")
     tensors: dict[str, Any] = dict(module._parameters)
     normalised = [name for name, _ in norms_of(module)]
@@ -201,10 +207,10 @@ def _plain_parameters(
         if child is None:
             continue
         if child is not lists or not normalised:
-            yield from _plain_parameters(child, f"{prefix}{name}.", seen)
+            yield from _plain_parameters(child, f"{prefix}{name}.", visited)
             continue
         for tensor, parametrization_list in child._modules.items():
             if parametrization_list is not None and tensor not in normalised:
                 yield from _plain_parameters(
-                    parametrization_list, f"{prefix}{name}.{tensor}.", seen
+                    parametrization_list, f"{prefix}{name}.{tensor}.", visited
                 )

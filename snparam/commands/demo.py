@@ -135,12 +135,12 @@ def _one_thread() -> Iterator[None]:
     Matrices as small as the demo's gain nothing from a second one, and on a busy machine wait for
     it.
     """
-    before = torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
 
 
 def _run(out: Path, epochs: int, seed: int, say: _Narrator) -> Result:
@@ -153,9 +153,9 @@ def _run(out: Path, epochs: int, seed: int, say: _Narrator) -> Result:
     say.line(str(plan_conversion(model, num_svs=NUM_SVS, exclude=exclude)))
 
     model = convert_model(model, num_svs=NUM_SVS, exclude=exclude)
-    before = verify(model)
+    report_converted = verify(model)
     say.heading("Estimated against exact singular values, right after the conversion")
-    say.report(before)
+    say.report(report_converted)
     say.line(_tracked_against_exact(model))
 
     say.heading(f"Training: {len(digits.train_images)} images, {epochs} epochs")
@@ -168,9 +168,9 @@ def _run(out: Path, epochs: int, seed: int, say: _Narrator) -> Result:
     )
 
     model.eval()
-    after = verify(model)
+    report_trained = verify(model)
     say.heading("Estimated against exact singular values, after training")
-    say.report(after)
+    say.report(report_trained)
     say.line(_tracked_against_exact(model))
 
     converted_logits = _logits(model, digits.test_images)
@@ -183,9 +183,13 @@ def _run(out: Path, epochs: int, seed: int, say: _Narrator) -> Result:
     accuracy = (predicted == digits.test_labels).double().mean().item()
     checks = (
         _close_to_one(
-            "after the conversion, exact σ of the weights in use", before, TOLERANCE_CONVERTED
+            "after the conversion, exact σ of the weights in use",
+            report_converted,
+            TOLERANCE_CONVERTED,
         ),
-        _close_to_one("after training, exact σ of the weights in use", after, TOLERANCE_TRAINED),
+        _close_to_one(
+            "after training, exact σ of the weights in use", report_trained, TOLERANCE_TRAINED
+        ),
         _loss_fell(training.losses),
         _same("restored model against converted model, outputs", restored_logits, converted_logits),
         _plain(model, fresh),
@@ -344,24 +348,24 @@ def _loss_fell(losses: Sequence[float]) -> Check:
     )
 
 
-def _same(claim: str, found: Tensor, expected: Tensor) -> Check:
-    difference = (found - expected).abs().max().item()
+def _same(claim: str, outputs: Tensor, expected: Tensor) -> Check:
+    difference = (outputs - expected).abs().max().item()
     return Check(claim, f"max |difference| = {difference:g}", difference == 0)
 
 
 def _plain(model: nn.Module, fresh: nn.Module) -> Check:
     """Check that a restored model has the classes and keys of a fresh one, and has no hooks."""
-    left = [
+    differences = [
         f"{name or 'the model'} is a {type(module).__name__}, not a {type(twin).__name__}"
         for (name, module), twin in zip(model.named_modules(), fresh.modules(), strict=False)
         if type(module) is not type(twin)
     ]
-    left += sorted(model.state_dict().keys() ^ fresh.state_dict().keys())
-    left += [f"hook on {name}" for name in _hooked(model)]
+    differences += sorted(model.state_dict().keys() ^ fresh.state_dict().keys())
+    differences += [f"hook on {name}" for name in _hooked(model)]
     return Check(
         "restored model has the classes and state_dict keys of a fresh one, and no hooks",
-        ", ".join(left) or f"{len(fresh.state_dict())} keys, nothing left over",
-        not left,
+        ", ".join(differences) or f"{len(fresh.state_dict())} keys, nothing left over",
+        not differences,
     )
 
 

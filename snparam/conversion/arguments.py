@@ -57,18 +57,21 @@ def check_model(model: Any, function: str) -> None:
     if isinstance(model, nn.Module):
         return
     if isinstance(model, type):
-        what, remedy = f"the class {model.__name__}", "make an instance of it first"
+        description, remedy = f"the class {model.__name__}", "make an instance of it first"
     elif model is None:
-        what, remedy = "None", "check what gave it: a function that changes a network in place may"
+        description, remedy = (
+            "None",
+            "check what gave it: a function that changes a network in place may",
+        )
         remedy += " return nothing"
     elif isinstance(model, list | tuple | set | dict):
-        what = f"a {type(model).__name__}"
+        description = f"a {type(model).__name__}"
         remedy = (
             "call it for each network in it, or put them into an nn.ModuleList or nn.ModuleDict"
         )
     else:
-        what, remedy = f"a {type(model).__name__}", "pass the network itself"
-    raise TypeError(f"{function}: expected an nn.Module, not {what}; {remedy}.")
+        description, remedy = f"a {type(model).__name__}", "pass the network itself"
+    raise TypeError(f"{function}: expected an nn.Module, not {description}; {remedy}.")
 
 
 def check_count_is_no_name(num_svs: Any) -> None:

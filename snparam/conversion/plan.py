@@ -188,7 +188,7 @@ def plan_conversion(
     """
     check_model(model, "plan_conversion")
     settings = settings_from(num_svs, num_itrs, options)
-    selection = Selection.of(include, exclude, filter_fn, model, preset)
+    selection = Selection.from_arguments(include, exclude, filter_fn, model, preset)
     weights = list(weights_in(model, settings, take_over=replace))
     norms = {id(weight.original): weight.norm for weight in normalised_weights(model)}
     _check_options(weights, selection, norms)
@@ -289,7 +289,7 @@ def _decide(
         matrices=None if weight.view is None else weight.view.matrices,
         sigma=None,
         decision=SKIP,
-        reason="" if weight.problem is None else weight.problem.what,
+        reason="" if weight.problem is None else weight.problem.reason,
         record=weight,
         shares=norm,
     )
@@ -347,7 +347,7 @@ def _sharing(
         if other is weight:
             continue
         if other.view is None:
-            problem = "" if other.problem is None else other.problem.what
+            problem = "" if other.problem is None else other.problem.reason
             return f"shared with {other.name}, which is not normalised: {problem}", []
         if other.view != weight.view:
             return f"shared with {other.name}, which reads it as other matrices", []

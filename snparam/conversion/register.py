@@ -124,9 +124,9 @@ def remove_sn(module: _ModuleT, *, name: str | None = None, bake: bool = True) -
     tensors = [_owner_and_name(module, path) for path in names]
     normalised = [(owner, tensor) for owner, tensor in tensors if norm_on(owner, tensor)]
     if not normalised:
-        what = "no weight" if name is None else f"{name!r} not"
+        missing = "no weight" if name is None else f"{name!r} not"
         raise ValueError(
-            f"{type(module).__name__} has {what} registered with SpectralNorm; "
+            f"{type(module).__name__} has {missing} registered with SpectralNorm; "
             "for a whole network use restore_model"
         )
     for owner, tensor in normalised:

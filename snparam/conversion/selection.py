@@ -47,7 +47,7 @@ class Selection:
     preset_excludes: PathPredicate | None = None
 
     @classmethod
-    def of(
+    def from_arguments(
         cls,
         include: Selectors,
         exclude: Selectors,

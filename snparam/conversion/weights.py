@@ -120,7 +120,7 @@ class Weight:
     def message(self, problem: Problem) -> str:
         """Return the error text of a problem: the weight with its shape, the reason, the remedy."""
         shape = f" {self.shape}" if self.shape else ""
-        return f"SpectralNorm on {self.label}{shape}: {problem.what}; {problem.remedy}."
+        return f"SpectralNorm on {self.label}{shape}: {problem.reason}; {problem.remedy}."
 
     @torch.no_grad()
     def estimate(self) -> tuple[Tensor, Tensor]:

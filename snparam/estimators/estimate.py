@@ -30,7 +30,7 @@ class Estimate(NamedTuple):
     sigma: Tensor
 
     @classmethod
-    def of(cls, u: Tensor, v: Tensor, sv: Tensor) -> Estimate:
+    def from_vectors(cls, u: Tensor, v: Tensor, sv: Tensor) -> Estimate:
         """Return the estimate with these vectors and values, and with the σ₁ to divide by."""
         sigma = sv[0, 0] if len(sv) == 1 else sv[:, 0]
         usable = positive(sigma)

@@ -117,7 +117,7 @@ class PowerIteration(BlockIteration):
             u, sv = orthonormalise(t, eps)
             usable = positive(sv[:, :1].unsqueeze(-1))
             u = u if usable is None else torch.where(usable, u, previous_u)
-            return Estimate.of(u, v, sv)
+            return Estimate.from_vectors(u, v, sv)
         norm = row_norms(t)
         usable = positive(norm)
         length = norm

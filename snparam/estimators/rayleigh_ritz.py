@@ -55,7 +55,7 @@ class RayleighRitz(BlockIteration):
         usable = positive(sv[:, :1].unsqueeze(-1))
         if usable is not None:
             u, rotated_v = torch.where(usable, u, previous_u), torch.where(usable, rotated_v, v)
-        return Estimate.of(u, rotated_v, sv)
+        return Estimate.from_vectors(u, rotated_v, sv)
 
 
 register_estimator(RayleighRitz())

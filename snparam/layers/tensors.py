@@ -28,7 +28,7 @@ class Problem:
     """A reason why a tensor cannot be normalised, with its remedy.
 
     Attributes:
-        what: the reason, in words.
+        reason: why, in words.
         remedy: what the user can do, in words.
         error: type of the exception that `register_sn` raises.
         refuses: whether a conversion refuses instead of skipping the weight, because calls were
@@ -37,7 +37,7 @@ class Problem:
             which a user can add.
     """
 
-    what: str
+    reason: str
     remedy: str
     error: type[Exception] = ValueError
     refuses: bool = False
@@ -86,8 +86,8 @@ def reading_problem(tensor: Tensor, view: View) -> Problem | None:
         results = (product, product.isfinite().all(), tensor.detach() / 2)
     except Exception as error:  # noqa: BLE001 - whatever another library's tensor raises
         error_text = str(error).strip().partition("\n")[0][:80]
-        what = f"a {kind} cannot be read as a matrix ({type(error).__name__}: {error_text})"
-        return Problem(what, remedy, TypeError)
+        reason = f"a {kind} cannot be read as a matrix ({type(error).__name__}: {error_text})"
+        return Problem(reason, remedy, TypeError)
     if any(type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in results):
         return Problem(f"a {kind} computes in tensors of its own kind", remedy, TypeError)
     return None

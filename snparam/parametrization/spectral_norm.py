@@ -437,7 +437,7 @@ class SpectralNorm(nn.Module):
         if kept is not None and kept[1] != order:  # v has the former order of columns
             stack = stack_of(weight.detach(), self.view)
             v = right_vectors(left_product(stack, u.to(stack.dtype)), self.settings.eps)
-        estimate = Estimate.of(u, v, sv)
+        estimate = Estimate.from_vectors(u, v, sv)
         self._keep_estimate(weight, estimate)
         return estimate
 
@@ -481,7 +481,7 @@ class SpectralNorm(nn.Module):
             self._loaded = False
         # The buffers are inputs of the graph, which uses what they hold whenever it runs.
         with torch.no_grad():
-            return Estimate.of(self.u.clone(), self.v.clone(), self.sv.clone())
+            return Estimate.from_vectors(self.u.clone(), self.v.clone(), self.sv.clone())
 
     def _is_pure_traced(self) -> bool:
         """Return whether training forwards in a graph take no step; the graph guards on that."""

@@ -63,7 +63,7 @@ def plot_singular_values(
                 f"the history of {name!r} has shape {tuple(values.shape)}; "
                 f"expected (steps={length}, blocks, singular values)"
             )
-    at = list(range(length)) if steps is None else list(steps)
+    positions = list(range(length)) if steps is None else list(steps)
 
     columns = columns or min(len(history), max(1, round(math.sqrt(len(history)))))
     rows = math.ceil(len(history) / columns)
@@ -73,7 +73,7 @@ def plot_singular_values(
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
     panels = axes.flatten().tolist()
     for panel, (name, values) in zip(panels, history.items(), strict=False):
-        _draw_history(panel, name, at, values.detach().to("cpu", torch.float64))
+        _draw_history(panel, name, positions, values.detach().to("cpu", torch.float64))
     for panel in panels[len(history) :]:
         panel.set_visible(False)
     for column in range(columns):  # sharex labels the last row alone, where panels may be missing
@@ -83,30 +83,30 @@ def plot_singular_values(
     figure.suptitle(title, fontsize=13)
     figure.supxlabel("training step", fontsize=11)
     figure.supylabel("singular value of the original weight", fontsize=11)
-    most = max(values.shape[2] for values in history.values())
-    widest = next(i for i, values in enumerate(history.values()) if values.shape[2] == most)
+    max_values = max(values.shape[2] for values in history.values())
+    widest = next(i for i, values in enumerate(history.values()) if values.shape[2] == max_values)
     # The legend is beside the panels: on one it would cover lines, above them the title.
     figure.legend(
-        panels[widest].get_lines()[:most],
-        [f"σ{_subscript(i + 1)}" for i in range(most)],
+        panels[widest].get_lines()[:max_values],
+        [f"σ{_subscript(i + 1)}" for i in range(max_values)],
         loc="outside right center",
     )
     return figure
 
 
-def _draw_history(panel: Axes, name: str, at: list[int], values: torch.Tensor) -> None:
-    """Draw the history of one weight, values (steps, b, k) at the steps `at`, into a panel."""
+def _draw_history(panel: Axes, name: str, steps: list[int], values: torch.Tensor) -> None:
+    """Draw the history of one weight, values (steps, b, k) at training steps, into a panel."""
     _, blocks, tracked = values.shape
     opacity = max(0.25, 1 / blocks)  # of many lines, the bundle is to be seen
     for block in range(blocks):
         for i in range(tracked):
             panel.plot(
-                at,
+                steps,
                 values[:, block, i].tolist(),
                 color=_COLOURS[i % len(_COLOURS)],
                 linewidth=1.4,
                 alpha=opacity,
-                marker="o" if len(at) == 1 else None,  # a single point is invisible as a line
+                marker="o" if len(steps) == 1 else None,  # a single point is invisible as a line
             )
     panel.set_title(_shortened(name), fontsize=8)
     panel.set_ylim(bottom=0)

@@ -25,7 +25,7 @@ def singular_values(model: nn.Module) -> dict[str, Tensor]:
         TypeError: if `model` is no module.
     """
     check_model(model, "singular_values")
-    tracked = {found.name: found.norm.sv.detach().clone() for found in normalised_weights(model)}
+    tracked = {weight.name: weight.norm.sv.detach().clone() for weight in normalised_weights(model)}
     if tracked:
         return tracked
     computed = {}

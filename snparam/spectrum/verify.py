@@ -97,26 +97,26 @@ def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
     """
     check_model(model, "verify")
     rows = Verification()
-    for found in normalised_weights(model):
-        norm = found.norm
-        used = stack_of(read_as_eval(found.owner, found.tensor_name), norm.view, torch.float64)
-        original = stack_of(found.original, norm.view, torch.float64)
-        exact = _sigma_or_nan(used)
+    for weight in normalised_weights(model):
+        norm = weight.norm
+        in_use = stack_of(read_as_eval(weight.owner, weight.tensor_name), norm.view, torch.float64)
+        original = stack_of(weight.original, norm.view, torch.float64)
+        exact = _sigma_or_nan(in_use)
         intended = norm.promised_norm(_sigma_or_nan(original))
-        estimate = norm.sigma_of(found.original)
+        estimate = norm.sigma_of(weight.original)
         drift = torch.where(exact == intended, 0.0, (exact / intended - 1).abs())
         drift = torch.where(drift.isnan(), torch.inf, drift)
-        at = int(drift.argmax())
+        block = int(drift.argmax())
         rows.append(
             VerificationRow(
-                name=found.module_name,
-                tensor=found.tensor_name,
+                name=weight.module_name,
+                tensor=weight.tensor_name,
                 shape=norm.view.shape,
                 matrices=norm.view.matrices,
-                estimate=float(estimate[at]),
-                exact=float(exact[at]),
-                intended=float(intended[at]),
-                drift=float(drift[at]),
+                estimate=float(estimate[block]),
+                exact=float(exact[block]),
+                intended=float(intended[block]),
+                drift=float(drift[block]),
             )
         )
     if not rows:

@@ -78,7 +78,7 @@ def _run_on_ordinary_modules(
     try:
         result = method(model, *args, **kwargs)
     finally:
-        places = [_Place.of(model, weight) for weight in named_weights]
+        places = [_Place.in_model(model, weight) for weight in named_weights]
         left_ordinary = _attach_states(places, states, scales)
         # Kept until here, or a new Parameter could have got the id of one that is gone.
         del originals
@@ -102,7 +102,7 @@ class _Place:
     tensor: Tensor | None
 
     @classmethod
-    def of(cls, model: nn.Module, weight: NormalisedWeight) -> _Place:
+    def in_model(cls, model: nn.Module, weight: NormalisedWeight) -> _Place:
         try:
             owner = model.get_submodule(weight.module_name)
         except AttributeError:

@@ -57,7 +57,7 @@ def assert_spectral_norm(
             weight with its shape and σ; also if the model has no weight to check.
         ValueError: if a pattern or type matches nothing, or a weight does not split into `blocks`.
     """
-    selection = Selection.of(include, exclude, None, model)
+    selection = Selection.from_arguments(include, exclude, None, model)
     weights = [
         weight
         for weight in weights_in(model, Settings())
@@ -71,11 +71,11 @@ def assert_spectral_norm(
     bound = at_most * (1 + rtol)
     checked, faults = 0, []
     for weight in weights:
-        used = _in_use(weight, blocks)
-        if used is None:
+        value_and_matrices = _in_use(weight, blocks)
+        if value_and_matrices is None:
             continue
         checked += 1
-        value, matrices = used
+        value, matrices = value_and_matrices
         kind = parametrize.type_before_parametrizations(weight.owner).__name__
         faults += _above(matrices, bound, f"{weight.name} {kind} {tuple(value.shape)}")
     if not checked:
@@ -109,8 +109,8 @@ def assert_converted(
             the model has no weight under SpectralNorm at all.
         ValueError: if a pattern or type matches nothing.
     """
-    selection = Selection.of(include, exclude, filter_fn, model)
-    norms = {id(known.original): known.norm for known in normalised_weights(model)}
+    selection = Selection.from_arguments(include, exclude, filter_fn, model)
+    norms = {id(weight.original): weight.norm for weight in normalised_weights(model)}
     plan = plan_of(list(weights_in(model, Settings(), take_over=True)), selection, norms)
     missing = [row for row in plan if row.decision in (CONVERT, REFUSE)]
     if missing:
@@ -156,11 +156,11 @@ def assert_same_function(
     """
     with _evaluating(a, b):
         pairs = _paired(_outputs(_call(a, inputs)), _outputs(_call(b, inputs)))
-        for where, x, y in pairs:
+        for path, x, y in pairs:
             difference = _difference(x, y, rtol, atol)
             if difference is not None:
                 raise AssertionError(
-                    f"{where} differs between {_name(a)} and {_name(b)}: {difference}"
+                    f"{path} differs between {_name(a)} and {_name(b)}: {difference}"
                     + _first_layer_at_fault(a, b, inputs, rtol, atol)
                 )
 
@@ -192,13 +192,13 @@ def _in_use(weight: Weight, blocks: int | Literal["auto"] | None) -> tuple[Tenso
         raise ValueError(f"{weight.name} {tuple(value.shape)}: {error}") from None
 
 
-def _above(matrices: Tensor, bound: float, what: str) -> list[str]:
+def _above(matrices: Tensor, bound: float, description: str) -> list[str]:
     """Return an error line for each block of a weight with σ above the bound, or for NaN or inf."""
     if not bool(torch.isfinite(matrices).all()):
-        return [f"{what}: has NaN or inf"]
+        return [f"{description}: has NaN or inf"]
     sigma = convergence.exact_sigma(matrices).tolist()
     return [
-        f"{what}{f' block {index}' if len(sigma) > 1 else ''}: {value:.8g}"
+        f"{description}{f' block {index}' if len(sigma) > 1 else ''}: {value:.8g}"
         for index, value in enumerate(sigma)
         if not value <= bound
     ]
@@ -215,29 +215,31 @@ def _call(function: Callable[..., Any], inputs: Any) -> Any:
     return function(*inputs)
 
 
-def _outputs(value: Any, where: str = "output") -> Iterator[tuple[str, Any]]:
+def _outputs(value: Any, path: str = "output") -> Iterator[tuple[str, Any]]:
     """Yield the leaves of a nested output, each after its place, such as `output['logits'][0]`."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _outputs(item, f"{where}[{key!r}]")
+            yield from _outputs(item, f"{path}[{key!r}]")
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
         for index, item in enumerate(value):
-            yield from _outputs(item, f"{where}[{index}]")
+            yield from _outputs(item, f"{path}[{index}]")
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
-            yield from _outputs(getattr(value, field.name), f"{where}.{field.name}")
+            yield from _outputs(getattr(value, field.name), f"{path}.{field.name}")
     else:
-        yield where, value
+        yield path, value
 
 
 def _paired(
     a: Iterator[tuple[str, Any]], b: Iterator[tuple[str, Any]]
 ) -> Iterator[tuple[str, Any, Any]]:
-    left, right = dict(a), dict(b)
-    if left.keys() != right.keys():
-        raise AssertionError(f"outputs of another structure: {list(left)} and {list(right)}")
-    for where, value in left.items():
-        yield where, value, right[where]
+    outputs_of_a, outputs_of_b = dict(a), dict(b)
+    if outputs_of_a.keys() != outputs_of_b.keys():
+        raise AssertionError(
+            f"outputs of another structure: {list(outputs_of_a)} and {list(outputs_of_b)}"
+        )
+    for path, value in outputs_of_a.items():
+        yield path, value, outputs_of_b[path]
 
 
 def _difference(x: Any, y: Any, rtol: float | None, atol: float | None) -> str | None:
@@ -259,11 +261,11 @@ def _short(value: Any) -> str:
 def _first_layer_at_fault(a: Any, b: Any, inputs: Any, rtol: Any, atol: Any) -> str:
     if not isinstance(a, nn.Module) or not isinstance(b, nn.Module):
         return ""
-    theirs = dict(_layer_calls(b, inputs))
+    calls_of_b = dict(_layer_calls(b, inputs))
     for call, (layer, output) in _layer_calls(a, inputs):
-        if call not in theirs:
+        if call not in calls_of_b:
             continue
-        x, y = dict(_outputs(output)), dict(_outputs(theirs[call][1]))
+        x, y = dict(_outputs(output)), dict(_outputs(calls_of_b[call][1]))
         if x.keys() != y.keys() or any(_difference(x[w], y[w], rtol, atol) for w in x):
             weight = getattr(layer, "weight", None)
             shape = f" {tuple(weight.shape)}" if isinstance(weight, Tensor) else ""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from snparam.testing.inputs import Network
-from snparam.testing.strategies import LAYER_SPECTRA, Draw, check_choice, made_layer
+from snparam.testing.strategies import LAYER_SPECTRA, Draw, check_choice, make_layer
 
 
 def networks(
@@ -52,17 +52,17 @@ def _networks(
     dtype = draw(st.sampled_from(dtypes))
     sizes = st.integers(1, max_side)
 
-    def made(kind: type[nn.Module], **arguments: Any) -> nn.Module:
-        return made_layer(draw, kind, arguments, dtype, spectra)
+    def make(kind: type[nn.Module], **arguments: Any) -> nn.Module:
+        return make_layer(draw, kind, arguments, dtype, spectra)
 
     family = draw(st.sampled_from((_on_vectors, _on_images, _on_sequences)))
-    return Network(family(draw, made, sizes, max_layers - 1))
+    return Network(family(draw, make, sizes, max_layers - 1))
 
 
-# The families of networks. Each takes `made(type, **arguments)`, which makes a layer, and `most`,
-# the largest number of layers before the last. Later draws depend on earlier ones as little as
-# possible, because Hypothesis shrinks an example by deleting draws: here those of one layer,
-# together with the draw of `_more` that asks for it.
+# The families of networks. Each takes `make(type, **arguments)`, which makes a layer, and
+# `max_inner`, the largest number of layers before the last. Later draws depend on earlier ones as
+# little as possible, because Hypothesis shrinks an example by deleting draws: here those of one
+# layer, together with the draw of `_more` that asks for it.
 
 
 def _more(draw: Draw) -> bool:
@@ -70,28 +70,28 @@ def _more(draw: Draw) -> bool:
 
 
 def _on_vectors(
-    draw: Draw, made: Callable[..., nn.Module], sizes: st.SearchStrategy[int], most: int
+    draw: Draw, make: Callable[..., nn.Module], sizes: st.SearchStrategy[int], max_inner: int
 ) -> list[nn.Module]:
     width = draw(sizes)
     chain: list[nn.Module] = []
     if draw(st.booleans()):
-        chain.append(made(nn.EmbeddingBag, num_embeddings=draw(sizes), embedding_dim=width))
+        chain.append(make(nn.EmbeddingBag, num_embeddings=draw(sizes), embedding_dim=width))
     cells = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
-    while not chain or (_more(draw) and len(chain) < most):
+    while not chain or (_more(draw) and len(chain) < max_inner):
         kind = draw(st.sampled_from((nn.Linear, nn.Bilinear, *cells, "again")))
         if kind == "again":
-            again = chain[-1:] if _keeps_width(chain) else []
-            chain.extend(again or [made(nn.Linear, in_features=width, out_features=width)])
+            repeated = chain[-1:] if _keeps_width(chain) else []
+            chain.extend(repeated or [make(nn.Linear, in_features=width, out_features=width)])
             continue
-        after = draw(sizes)
+        new_width = draw(sizes)
         if kind is nn.Linear:
-            chain.append(made(kind, in_features=width, out_features=after))
+            chain.append(make(kind, in_features=width, out_features=new_width))
         elif kind is nn.Bilinear:
-            chain.append(made(kind, in1_features=width, in2_features=width, out_features=after))
+            chain.append(make(kind, in1_features=width, in2_features=width, out_features=new_width))
         else:
-            chain.append(made(kind, input_size=width, hidden_size=after))
-        width = after
-    return [*chain, made(nn.Linear, in_features=width, out_features=draw(sizes))]
+            chain.append(make(kind, input_size=width, hidden_size=new_width))
+        width = new_width
+    return [*chain, make(nn.Linear, in_features=width, out_features=draw(sizes))]
 
 
 def _keeps_width(chain: list[nn.Module]) -> bool:
@@ -100,7 +100,7 @@ def _keeps_width(chain: list[nn.Module]) -> bool:
 
 
 def _on_images(
-    draw: Draw, made: Callable[..., nn.Module], sizes: st.SearchStrategy[int], most: int
+    draw: Draw, make: Callable[..., nn.Module], sizes: st.SearchStrategy[int], max_inner: int
 ) -> list[nn.Module]:
     kinds = draw(
         st.sampled_from(
@@ -113,27 +113,27 @@ def _on_images(
     )
     channels = draw(sizes)
     chain: list[nn.Module] = []
-    while not chain or (_more(draw) and len(chain) < most):
+    while not chain or (_more(draw) and len(chain) < max_inner):
         groups = draw(st.sampled_from([g for g in (1, 2, 3) if channels % g == 0]))
-        after = groups * -(-draw(sizes) // groups)
+        new_channels = groups * -(-draw(sizes) // groups)
         kind = draw(st.sampled_from(kinds))
         # With an odd kernel and this padding the image keeps its size.
         radius = draw(st.integers(0, 1))
         chain.append(
-            made(
+            make(
                 kind,
                 in_channels=channels,
-                out_channels=after,
+                out_channels=new_channels,
                 kernel_size=2 * radius + 1,
                 padding=radius,
                 groups=groups,
             )
         )
-        channels = after
+        channels = new_channels
     pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
     dimensions = len(chain[0].kernel_size)  # type: ignore[arg-type]
     chain += [pool[dimensions - 1](1), nn.Flatten()]
-    return [*chain, made(nn.Linear, in_features=channels, out_features=draw(sizes))]
+    return [*chain, make(nn.Linear, in_features=channels, out_features=draw(sizes))]
 
 
 # None ends the network. One draw decides on both the type and the end, because Hypothesis deletes
@@ -142,28 +142,32 @@ _ON_SEQUENCES = (None, None, nn.Linear, nn.MultiheadAttention, nn.RNN, nn.LSTM, 
 
 
 def _on_sequences(
-    draw: Draw, made: Callable[..., nn.Module], sizes: st.SearchStrategy[int], most: int
+    draw: Draw, make: Callable[..., nn.Module], sizes: st.SearchStrategy[int], max_inner: int
 ) -> list[nn.Module]:
     width, vocabulary, tied = draw(sizes), draw(sizes), draw(st.booleans())
-    embedding = made(nn.Embedding, num_embeddings=vocabulary, embedding_dim=width)
+    embedding = make(nn.Embedding, num_embeddings=vocabulary, embedding_dim=width)
     chain = [embedding]
-    while (kind := draw(st.sampled_from(_ON_SEQUENCES))) is not None and len(chain) < most:
+    while (kind := draw(st.sampled_from(_ON_SEQUENCES))) is not None and len(chain) < max_inner:
         if kind is nn.MultiheadAttention:
-            chain.append(made(kind, embed_dim=width, num_heads=1, batch_first=True))
+            chain.append(make(kind, embed_dim=width, num_heads=1, batch_first=True))
             continue
-        after = draw(sizes)
+        new_width = draw(sizes)
         if kind is nn.Linear:
-            chain.append(made(kind, in_features=width, out_features=after))
-            width = after
+            chain.append(make(kind, in_features=width, out_features=new_width))
+            width = new_width
         else:
-            both = draw(st.booleans())
+            both_directions = draw(st.booleans())
             chain.append(
-                made(
-                    kind, input_size=width, hidden_size=after, batch_first=True, bidirectional=both
+                make(
+                    kind,
+                    input_size=width,
+                    hidden_size=new_width,
+                    batch_first=True,
+                    bidirectional=both_directions,
                 )
             )
-            width = 2 * after if both else after
-    head = made(nn.Linear, in_features=width, out_features=vocabulary)
+            width = 2 * new_width if both_directions else new_width
+    head = make(nn.Linear, in_features=width, out_features=vocabulary)
     if tied and head.weight.shape == embedding.weight.shape:
         head.weight = embedding.weight
     return [*chain, head]

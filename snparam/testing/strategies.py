@@ -129,10 +129,10 @@ def _layers(
     kind = draw(st.sampled_from(types))
     dtype = draw(st.sampled_from(dtypes))
     arguments = _LAYERS[kind](draw, st.integers(1, max_side))
-    return made_layer(draw, kind, arguments, dtype, spectra)
+    return make_layer(draw, kind, arguments, dtype, spectra)
 
 
-def made_layer(
+def make_layer(
     draw: Draw,
     kind: type[nn.Module],
     arguments: Mapping[str, Any],
@@ -162,8 +162,8 @@ def made_layer(
     with torch.no_grad():
         for index, name in enumerate(layouts_of(layer)):
             tensor = layer.get_parameter(name)
-            of_it = {"seed": seed + index, "scale": scale, "dtype": dtype}
-            tensor.copy_(weight_with(spectrum, tensor.shape, **of_it))
+            options = {"seed": seed + index, "scale": scale, "dtype": dtype}
+            tensor.copy_(weight_with(spectrum, tensor.shape, **options))
     return layer
 
 
@@ -251,15 +251,15 @@ _LAYERS: Mapping[type[nn.Module], Callable[[Draw, st.SearchStrategy[int]], dict[
 }
 
 
-def check_choice(option: str, given: Sequence[str], known: Sequence[str]) -> None:
+def check_choice(option: str, names: Sequence[str], choices: Sequence[str]) -> None:
     """Check that every name a caller chose is a known one.
 
     Raises:
         ValueError: naming the option, the first unknown name, and the known ones.
     """
-    unknown = [name for name in given if name not in known]
+    unknown = [name for name in names if name not in choices]
     if unknown:
-        raise ValueError(f"{option}: {unknown[0]!r} is not one of {', '.join(known)}")
+        raise ValueError(f"{option}: {unknown[0]!r} is not one of {', '.join(choices)}")
 
 
 def _seeds() -> st.SearchStrategy[int]:

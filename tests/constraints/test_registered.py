@@ -43,7 +43,7 @@ class Decomposed(Estimator):
     def read(self, stack: Any, u: Tensor, eps: float) -> Estimate:
         left, sv, right = torch.linalg.svd(stack, full_matrices=False)
         k = u.shape[1]
-        return Estimate.of(left.mT[:, :k], right[:, :k], sv[:, :k])
+        return Estimate.from_vectors(left.mT[:, :k], right[:, :k], sv[:, :k])
 
     def move(self, stacks: Any, us: Any, steps: int, eps: float) -> list[Estimate]:
         return [self.read(stack, u, eps) for stack, u in zip(stacks, us, strict=True)]

@@ -326,7 +326,7 @@ class Held(Estimator):
     def _held(self, stack: Any, u: Tensor) -> Estimate:
         v = torch.linspace(0.5, 1.5, stack.shape[2], dtype=u.dtype).expand(1, 1, -1)
         v = v / v.norm() * torch.sign((u[:, :1] @ stack @ v.mT).sum())
-        return Estimate.of(u[:, :1].clone(), v, (u[:, :1] @ stack @ v.mT).reshape(1, 1))
+        return Estimate.from_vectors(u[:, :1].clone(), v, (u[:, :1] @ stack @ v.mT).reshape(1, 1))
 
     def move(self, stacks: Any, us: Any, steps: int, eps: float) -> list[Estimate]:
         return [self._held(stack, u) for stack, u in zip(stacks, us, strict=True)]
