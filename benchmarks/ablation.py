@@ -32,7 +32,7 @@ from snparam.estimators import convergence
 from snparam.matrices import products
 from snparam.matrices.orthonormalisation import reads_freely
 from snparam.parametrization import update
-from snparam.parametrization.linear_maps import may_be_used
+from snparam.parametrization.linear_maps import can_use_linear_map
 
 from .peers import OURS
 
@@ -192,7 +192,7 @@ def _update(setup: Setup, network: nn.Module) -> work.Work:
 
 
 SPEED_UPS = [
-    SpeedUp("σ at the linear map", lambda: _wherever_imported(may_be_used), _training_steps),
+    SpeedUp("σ at the linear map", lambda: _wherever_imported(can_use_linear_map), _training_steps),
     SpeedUp(
         "numbers read on a CPU",
         lambda: _wherever_imported(reads_freely),
@@ -214,7 +214,7 @@ SPEED_UPS = [
     ),
     SpeedUp(
         "small states moved together",
-        lambda: [(update, "_STACKED_ENTRIES", {}), (update, "_ELSEWHERE", 0)],
+        lambda: [(update, "_STACKED_ENTRIES", {}), (update, "_OTHER_STACKED_ENTRIES", 0)],
         _updates,
         fewer=2,
     ),

@@ -14,14 +14,14 @@ import torch
 
 import snparam
 from benchmarks.rows import Row, Setup
-from snparam.conversion.tables import aligned
+from snparam.conversion.tables import aligned_table
 
 _HEADER = ["case", "against", "reach", "ratio", "quartiles", ""]
 
 
 def table(rows: Sequence[Row]) -> str:
     """Return an aligned table of ratios; bare times are in the JSON alone."""
-    return aligned(_HEADER, [_cells(row) for row in rows])
+    return aligned_table(_HEADER, [_cells(row) for row in rows])
 
 
 def notes(rows: Sequence[Row]) -> str:
@@ -35,7 +35,7 @@ def on_and_off(rows: Sequence[Row]) -> str:
     for row in rows:
         on, off = (f"{row.medians[which] * 1e3:.3g} ms" for which in ("on", "off"))
         lines.append([row.case, on, off, *_cells(row)[3:5]])
-    return aligned(["case", "on", "off", "off / on", "quartiles"], lines)
+    return aligned_table(["case", "on", "off", "off / on", "quartiles"], lines)
 
 
 def line(row: Row) -> str:

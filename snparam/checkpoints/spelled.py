@@ -8,7 +8,7 @@ from snparam.parametrization.extensions import Spelled
 from snparam.parametrization.find import NormalisedWeight
 
 
-def as_ordinary(
+def ordinary_entries(
     weight: NormalisedWeight, value: Tensor, buffers: dict[str, Tensor] | None = None
 ) -> Spelled:
     """Return a value as the entry of a weight under its own name, as if never parametrized.

@@ -176,24 +176,26 @@ def _run(out: Path, epochs: int, seed: int, say: _Narrator) -> Result:
     converted_logits = _logits(model, digits.test_images)
     model = restore_model(model, bake=True)
     restored_logits = _logits(model, digits.test_images)
-    fresh.load_state_dict(model.state_dict(), strict=False)  # `_plain` checks the keys
+    fresh.load_state_dict(model.state_dict(), strict=False)  # `_check_plain` checks the keys
     fresh_logits = _logits(fresh.eval(), digits.test_images)
 
     predicted = restored_logits.argmax(1)
     accuracy = (predicted == digits.test_labels).double().mean().item()
     checks = (
-        _close_to_one(
+        _check_close_to_one(
             "after the conversion, exact σ of the weights in use",
             report_converted,
             TOLERANCE_CONVERTED,
         ),
-        _close_to_one(
+        _check_close_to_one(
             "after training, exact σ of the weights in use", report_trained, TOLERANCE_TRAINED
         ),
-        _loss_fell(training.losses),
-        _same("restored model against converted model, outputs", restored_logits, converted_logits),
-        _plain(model, fresh),
-        _same(
+        _check_loss_fell(training.losses),
+        _check_same(
+            "restored model against converted model, outputs", restored_logits, converted_logits
+        ),
+        _check_plain(model, fresh),
+        _check_same(
             "fresh model that loads the restored weights, outputs", fresh_logits, restored_logits
         ),
     )
@@ -327,7 +329,7 @@ def _tracked_against_exact(model: nn.Module) -> str:
 # --- the checks ----------------------------------------------------------------------------------
 
 
-def _close_to_one(claim: str, report: Verification, tolerance: float) -> Check:
+def _check_close_to_one(claim: str, report: Verification, tolerance: float) -> Check:
     worst = max(report, key=_drift)
     return Check(
         f"{claim} is 1 within {tolerance:g}",
@@ -340,7 +342,7 @@ def _drift(row: VerificationRow) -> float:
     return row.drift
 
 
-def _loss_fell(losses: Sequence[float]) -> Check:
+def _check_loss_fell(losses: Sequence[float]) -> Check:
     window = max(1, min(10, len(losses) // 2))
     first, last = sum(losses[:window]) / window, sum(losses[-window:]) / window
     return Check(
@@ -348,12 +350,12 @@ def _loss_fell(losses: Sequence[float]) -> Check:
     )
 
 
-def _same(claim: str, outputs: Tensor, expected: Tensor) -> Check:
+def _check_same(claim: str, outputs: Tensor, expected: Tensor) -> Check:
     difference = (outputs - expected).abs().max().item()
     return Check(claim, f"max |difference| = {difference:g}", difference == 0)
 
 
-def _plain(model: nn.Module, fresh: nn.Module) -> Check:
+def _check_plain(model: nn.Module, fresh: nn.Module) -> Check:
     """Check that a restored model has the classes and keys of a fresh one, and has no hooks."""
     differences = [
         f"{name or 'the model'} is a {type(module).__name__}, not a {type(twin).__name__}"
@@ -361,7 +363,7 @@ def _plain(model: nn.Module, fresh: nn.Module) -> Check:
         if type(module) is not type(twin)
     ]
     differences += sorted(model.state_dict().keys() ^ fresh.state_dict().keys())
-    differences += [f"hook on {name}" for name in _hooked(model)]
+    differences += [f"hook on {name}" for name in _modules_with_hooks(model)]
     return Check(
         "restored model has the classes and state_dict keys of a fresh one, and no hooks",
         ", ".join(differences) or f"{len(fresh.state_dict())} keys, nothing left over",
@@ -369,7 +371,7 @@ def _plain(model: nn.Module, fresh: nn.Module) -> Check:
     )
 
 
-def _hooked(model: nn.Module) -> Iterator[str]:
+def _modules_with_hooks(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         hooks = (
             module._forward_hooks,

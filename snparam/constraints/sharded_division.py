@@ -129,15 +129,15 @@ def _differentiable_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return what `_gradients` returns, by differentiable operations, with d dependent on W."""
     outer = u.reshape(-1)[tile.rows, None] * v[tile.blocks][:, tile.columns].conj()
-    sigma = _sum_over_ranks(_by_block(outer, w, tile), tile)
+    sigma = _sum_over_ranks(_block_inner_products(outer, w, tile), tile)
     d = divisor + slope * (sigma - sigma.detach())
-    inner_over_d = _sum_over_ranks(_by_block(g, w, tile), tile) / d
+    inner_over_d = _sum_over_ranks(_block_inner_products(g, w, tile), tile) / d
     scale = 1.0 / d if gain is None else gain / d
     rate = _copy_to_ranks(slope * inner_over_d * scale, tile)
     return g * tile.per_row(_copy_to_ranks(scale, tile)) - tile.per_row(rate) * outer, inner_over_d
 
 
-def _by_block(x: Tensor, y: Tensor, tile: Tile) -> Tensor:
+def _block_inner_products(x: Tensor, y: Tensor, tile: Tile) -> Tensor:
     """Return this rank's summand of Re⟨X, Y⟩ for each block, (b,)."""
     rows = (x.conj() * y).sum(-1).real
     return rows.new_zeros(tile.view.matrices[0]).index_add(0, tile.blocks, rows)

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from snparam.conversion.arguments import check_model, documents_arguments
 from snparam.conversion.selection import Filter, Selection, Selectors
-from snparam.conversion.tables import aligned
+from snparam.conversion.tables import aligned_table
 from snparam.conversion.weights import Weight, weights_in
 from snparam.layers.rows import qualified_class_name
 from snparam.parametrization.find import normalised_weights
@@ -135,7 +135,7 @@ class ConversionPlan(list[PlanRow]):
         ]
         total = sum(_entry_counts(self).values())
         return (
-            f"{aligned(header, rows)}\n{hint}"
+            f"{aligned_table(header, rows)}\n{hint}"
             f"{len(self.to_convert)} of {len(self)} weights to convert; then {self.share:.1%} of "
             f"the {total:,} parameters of two or more dimensions are normalised"
         )

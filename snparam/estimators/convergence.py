@@ -24,7 +24,7 @@ _FULL_DECOMPOSITION = 256
 _LANCZOS_TOLERANCE = 5e-4
 
 
-def converged(
+def converged_state(
     matrices: Tensor | Stack, k: int, tolerance: float = _LANCZOS_TOLERANCE
 ) -> tuple[Tensor, Tensor]:
     """Return the top k left singular vectors and singular values, the same in every run.
@@ -80,7 +80,7 @@ def exact_sigma(matrices: Tensor | Stack) -> Tensor:
     Sharded matrices take Lanczos to rounding, in float64 if that is the dtype of their arithmetic.
     """
     if not isinstance(matrices, Tensor):
-        return converged(matrices, 1, tolerance=1e-13)[1][:, 0]
+        return converged_state(matrices, 1, tolerance=1e-13)[1][:, 0]
     wide = wide_dtype(matrices.dtype)
     sigmas = []
     for block, matrix in enumerate(matrices):
@@ -157,7 +157,9 @@ class _Block:
             (left_product, right_product) if self.by_rows else (right_product, left_product)
         )
         image = (
-            second_product(self.stack, first_product(self.stack, self._in_stack(rows)) / self.scale)
+            second_product(
+                self.stack, first_product(self.stack, self._pad_to_stack(rows)) / self.scale
+            )
             / self.scale
         )
         return image[self.block].to(rows.dtype)
@@ -165,11 +167,11 @@ class _Block:
     def longer_side(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return singular vectors of the longer side, and sv, from those of the shorter side."""
         product = left_product if self.by_rows else right_product
-        t = product(self.stack, self._in_stack(rows))[self.block].to(rows.dtype) / self.scale
+        t = product(self.stack, self._pad_to_stack(rows))[self.block].to(rows.dtype) / self.scale
         vectors, sv = orthonormalise(t.unsqueeze(0))
         return _fix_sign(vectors[0]), sv[0]
 
-    def _in_stack(self, rows: Tensor) -> Tensor:
+    def _pad_to_stack(self, rows: Tensor) -> Tensor:
         """Return vectors for the whole stack: `rows` for this block, and zeros for all others."""
         out = rows.new_zeros((self.stack.shape[0], *rows.shape), dtype=self.stack.dtype)
         out[self.block] = rows

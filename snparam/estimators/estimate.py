@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from snparam.matrices.orthonormalisation import positive
+from snparam.matrices.orthonormalisation import positive_mask
 from snparam.matrices.products import Stack
 
 
@@ -33,7 +33,7 @@ class Estimate(NamedTuple):
     def from_vectors(cls, u: Tensor, v: Tensor, sv: Tensor) -> Estimate:
         """Return the estimate with these vectors and values, and with the σ₁ to divide by."""
         sigma = sv[0, 0] if len(sv) == 1 else sv[:, 0]
-        usable = positive(sigma)
+        usable = positive_mask(sigma)
         return cls(u, v, sv, sigma if usable is None else torch.where(usable, sigma, 1.0))
 
 

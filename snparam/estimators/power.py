@@ -16,7 +16,7 @@ from snparam.estimators.estimate import Estimate, Estimator, register_estimator
 from snparam.matrices.orthonormalisation import (
     orthonormal_rows,
     orthonormalise,
-    positive,
+    positive_mask,
     row_norms,
     scaled_rows,
     unit_rows,
@@ -36,7 +36,7 @@ class BlockIteration(Estimator):
 
     def start(self, stack: Tensor | Stack, k: int) -> tuple[Tensor, Tensor]:
         """Return converged u and sv, the same in every run."""
-        return convergence.converged(stack, k)
+        return convergence.converged_state(stack, k)
 
     def finish(self, t: Tensor, v: Tensor, previous_u: Tensor, eps: float) -> Estimate:
         """Return the estimate of a step, from its T = V Wᵀ.
@@ -115,11 +115,11 @@ class PowerIteration(BlockIteration):
         """Return the estimate of a step, with U = orth(T)."""
         if t.shape[1] > 1:
             u, sv = orthonormalise(t, eps)
-            usable = positive(sv[:, :1].unsqueeze(-1))
+            usable = positive_mask(sv[:, :1].unsqueeze(-1))
             u = u if usable is None else torch.where(usable, u, previous_u)
             return Estimate.from_vectors(u, v, sv)
         norm = row_norms(t)
-        usable = positive(norm)
+        usable = positive_mask(norm)
         length = norm
         if usable is not None:
             length = torch.where(usable, norm, 1.0)

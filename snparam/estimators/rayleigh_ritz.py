@@ -19,7 +19,7 @@ from torch import Tensor
 
 from snparam.estimators.estimate import Estimate, register_estimator
 from snparam.estimators.power import POWER, BlockIteration
-from snparam.matrices.orthonormalisation import positive, reads_freely, triangular
+from snparam.matrices.orthonormalisation import positive_mask, reads_freely, triangular
 
 # The number of sweeps of Jacobi's method after which matrices of up to 16 rows are diagonal to
 # rounding: its convergence is quadratic (2e-15 for 4 rows after 5, in float64).
@@ -52,7 +52,7 @@ class RayleighRitz(BlockIteration):
         p, values, q = small_svd(torch.where(finite[..., None], r, 0.0))
         sv = torch.where(finite, values, torch.nan)
         u, rotated_v = p.mT @ rows, q.mT @ v
-        usable = positive(sv[:, :1].unsqueeze(-1))
+        usable = positive_mask(sv[:, :1].unsqueeze(-1))
         if usable is not None:
             u, rotated_v = torch.where(usable, u, previous_u), torch.where(usable, rotated_v, v)
         return Estimate.from_vectors(u, rotated_v, sv)

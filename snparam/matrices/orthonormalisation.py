@@ -97,7 +97,7 @@ def scaled_rows(x: Tensor, norm: Tensor, eps: float) -> Tensor:
     return x if eps == 0 else x.mul_((norm / eps).clamp_max(1.0))
 
 
-def positive(x: Tensor) -> Tensor | None:
+def positive_mask(x: Tensor) -> Tensor | None:
     """Return a mask of the entries that are positive and finite, or None if all are known to be.
 
     The entries are read where `reads_freely` allows it: on a CPU, with nothing tracing. On other

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from snparam.parametrization.activation_checkpointing import in_backward
 from snparam.parametrization.find import norms_of
-from snparam.parametrization.linear_maps import is_linear_map, linear_map, may_be_used
+from snparam.parametrization.linear_maps import can_use_linear_map, is_linear_map, linear_map
 from snparam.parametrization.spectral_norm import SpectralNorm
 
 
@@ -32,7 +32,7 @@ def bracket_forward(owner: nn.Module) -> None:
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        norms = own_norms(self)
+        norms = distinct_norms(self)
         if is_compiling():
             return _traced_forward(self, norms, base, args, kwargs)
         thread = get_ident()
@@ -62,17 +62,17 @@ def _output_at_linear_map(
     (norm,), (x,) = norms, args
     if not is_linear_map(owner, base):
         return None
-    usable = may_be_used(owner, norm, x)
-    if not usable and not in_backward():
+    can_use_map = can_use_linear_map(owner, norm, x)
+    if not can_use_map and not in_backward():
         return None
     reading = norm.reading()
-    reading.at_map = usable
+    reading.at_map = can_use_map
     lists: Any = owner._modules["parametrizations"]
     norm.estimate(lists._modules["weight"].original, reading)
     return linear_map(owner, norm, x, reading) if reading.at_map else None
 
 
-def own_norms(owner: nn.Module) -> list[SpectralNorm]:
+def distinct_norms(owner: nn.Module) -> list[SpectralNorm]:
     """Return the states of a module's own weights, each once."""
     return list({id(norm): norm for _, norm in norms_of(owner)}.values())
 

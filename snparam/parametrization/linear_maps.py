@@ -54,7 +54,7 @@ def is_linear_map(owner: nn.Module, base: type[nn.Module]) -> bool:
     )
 
 
-def may_be_used(owner: nn.Module, norm: SpectralNorm, x: object) -> bool:
+def can_use_linear_map(owner: nn.Module, norm: SpectralNorm, x: object) -> bool:
     """Return whether a forward of a linear map may now apply σ at the map.
 
     It may where nobody could tell the difference: gradients are on, the tensors are plain ones of

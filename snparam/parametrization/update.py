@@ -30,12 +30,12 @@ from snparam.matrices.stacks import stack_of
 from snparam.parametrization.find import normalised_states
 from snparam.parametrization.spectral_norm import STEPWISE, SpectralNorm
 
-# Weights of at most this many entries, by device type (`_ELSEWHERE` for all other types), are moved
-# together with others of their shape. Stacking copies them, which costs less than the operations of
-# a step for each of them only while they are small: a step on a CPU, and a launch on an
-# accelerator, cost as much as copying this many entries.
+# Weights of at most this many entries, by device type (`_OTHER_STACKED_ENTRIES` for all other
+# types), are moved together with others of their shape. Stacking copies them, which costs less than
+# the operations of a step for each of them only while they are small: a step on a CPU, and a launch
+# on an accelerator, cost as much as copying this many entries.
 _STACKED_ENTRIES = {"cpu": 1 << 14}
-_ELSEWHERE = 1 << 21
+_OTHER_STACKED_ENTRIES = 1 << 21
 
 # The time at which each optimizer began its step, by a clock that counts, and the handles of the
 # hooks. They are global because torch's optimizers do not know the modules that they train.
@@ -119,7 +119,7 @@ def _group_key(norm: SpectralNorm, weight: Tensor) -> Hashable:
     if is_sharded(weight):
         groups = ShardedStack(weight, norm.view, weight.dtype).tile.groups  # type: ignore[arg-type]
         return (*common, *groups)
-    if prod(norm.view.matrices) > _STACKED_ENTRIES.get(weight.device.type, _ELSEWHERE):
+    if prod(norm.view.matrices) > _STACKED_ENTRIES.get(weight.device.type, _OTHER_STACKED_ENTRIES):
         return id(norm)
     return (*common, norm.view.matrices, norm.u.shape[1])
 

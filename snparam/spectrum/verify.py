@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from snparam.conversion.arguments import check_model
-from snparam.conversion.tables import aligned
+from snparam.conversion.tables import aligned_table
 from snparam.estimators import convergence
 from snparam.matrices.sharded import ShardedStack
 from snparam.matrices.stacks import is_finite, stack_of
@@ -68,7 +68,9 @@ class Verification(list[VerificationRow]):
             ]
             for row in self
         ]
-        return aligned(["weight", "shape", "estimated σ", "σ in use", "intended", "drift"], rows)
+        return aligned_table(
+            ["weight", "shape", "estimated σ", "σ in use", "intended", "drift"], rows
+        )
 
     __repr__ = __str__
 

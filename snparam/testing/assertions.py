@@ -71,13 +71,13 @@ def assert_spectral_norm(
     bound = at_most * (1 + rtol)
     checked, faults = 0, []
     for weight in weights:
-        value_and_matrices = _in_use(weight, blocks)
+        value_and_matrices = _weight_in_use(weight, blocks)
         if value_and_matrices is None:
             continue
         checked += 1
         value, matrices = value_and_matrices
         kind = parametrize.type_before_parametrizations(weight.owner).__name__
-        faults += _above(matrices, bound, f"{weight.name} {kind} {tuple(value.shape)}")
+        faults += _lines_above(matrices, bound, f"{weight.name} {kind} {tuple(value.shape)}")
     if not checked:
         under = " under SpectralNorm" if only_converted else ""
         kind = type(model).__name__
@@ -154,8 +154,8 @@ def assert_same_function(
         AssertionError: if an output differs, with its shape and torch's account of the difference,
             and, if both are networks, the first layer call of the same name whose output differs.
     """
-    with _evaluating(a, b):
-        pairs = _paired(_outputs(_call(a, inputs)), _outputs(_call(b, inputs)))
+    with _eval_mode(a, b):
+        pairs = _pair_outputs(_outputs(_call(a, inputs)), _outputs(_call(b, inputs)))
         for path, x, y in pairs:
             difference = _difference(x, y, rtol, atol)
             if difference is not None:
@@ -168,7 +168,9 @@ def assert_same_function(
 # Spectral norms
 
 
-def _in_use(weight: Weight, blocks: int | Literal["auto"] | None) -> tuple[Tensor, Tensor] | None:
+def _weight_in_use(
+    weight: Weight, blocks: int | Literal["auto"] | None
+) -> tuple[Tensor, Tensor] | None:
     """Return the weight that eval mode uses and its matrices (b, m, n), or None.
 
     None: the layer table does not list the weight, or it cannot be normalised.
@@ -180,7 +182,7 @@ def _in_use(weight: Weight, blocks: int | Literal["auto"] | None) -> tuple[Tenso
     if weight.layout is None:
         return None
     if parametrize.is_parametrized(owner, name):
-        with _evaluating(owner.parametrizations[name]):  # type: ignore[index]
+        with _eval_mode(owner.parametrizations[name]):  # type: ignore[index]
             value = getattr(owner, name)
     elif weight.problem is not None or weight.tensor is None:
         return None
@@ -192,7 +194,7 @@ def _in_use(weight: Weight, blocks: int | Literal["auto"] | None) -> tuple[Tenso
         raise ValueError(f"{weight.name} {tuple(value.shape)}: {error}") from None
 
 
-def _above(matrices: Tensor, bound: float, description: str) -> list[str]:
+def _lines_above(matrices: Tensor, bound: float, description: str) -> list[str]:
     """Return an error line for each block of a weight with σ above the bound, or for NaN or inf."""
     if not bool(torch.isfinite(matrices).all()):
         return [f"{description}: has NaN or inf"]
@@ -230,7 +232,7 @@ def _outputs(value: Any, path: str = "output") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _paired(
+def _pair_outputs(
     a: Iterator[tuple[str, Any]], b: Iterator[tuple[str, Any]]
 ) -> Iterator[tuple[str, Any, Any]]:
     outputs_of_a, outputs_of_b = dict(a), dict(b)
@@ -246,7 +248,7 @@ def _difference(x: Any, y: Any, rtol: float | None, atol: float | None) -> str |
     """Return how two leaves of outputs differ, in words, or None."""
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         equal = isinstance(x, Tensor) == isinstance(y, Tensor) and x == y
-        return None if equal else f"{_short(x)} and {_short(y)}"
+        return None if equal else f"{_short_text(x)} and {_short_text(y)}"
     try:
         torch.testing.assert_close(x, y, rtol=rtol, atol=atol, equal_nan=True)
     except AssertionError as error:
@@ -254,7 +256,7 @@ def _difference(x: Any, y: Any, rtol: float | None, atol: float | None) -> str |
     return None
 
 
-def _short(value: Any) -> str:
+def _short_text(value: Any) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
@@ -302,7 +304,7 @@ def _layer_calls(
 
 
 @contextlib.contextmanager
-def _evaluating(*models: Any) -> Iterator[None]:
+def _eval_mode(*models: Any) -> Iterator[None]:
     """Put modules into eval mode, and put each one's own mode back afterwards."""
     modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
     modes = [(module, module.training) for module in modules]

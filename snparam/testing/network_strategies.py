@@ -62,10 +62,10 @@ def _networks(
 # The families of networks. Each takes `make(type, **arguments)`, which makes a layer, and
 # `max_inner`, the largest number of layers before the last. Later draws depend on earlier ones as
 # little as possible, because Hypothesis shrinks an example by deleting draws: here those of one
-# layer, together with the draw of `_more` that asks for it.
+# layer, together with the draw of `_draws_another` that asks for it.
 
 
-def _more(draw: Draw) -> bool:
+def _draws_another(draw: Draw) -> bool:
     return bool(draw(st.integers(0, 3)))
 
 
@@ -77,7 +77,7 @@ def _on_vectors(
     if draw(st.booleans()):
         chain.append(make(nn.EmbeddingBag, num_embeddings=draw(sizes), embedding_dim=width))
     cells = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
-    while not chain or (_more(draw) and len(chain) < max_inner):
+    while not chain or (_draws_another(draw) and len(chain) < max_inner):
         kind = draw(st.sampled_from((nn.Linear, nn.Bilinear, *cells, "again")))
         if kind == "again":
             repeated = chain[-1:] if _keeps_width(chain) else []
@@ -113,7 +113,7 @@ def _on_images(
     )
     channels = draw(sizes)
     chain: list[nn.Module] = []
-    while not chain or (_more(draw) and len(chain) < max_inner):
+    while not chain or (_draws_another(draw) and len(chain) < max_inner):
         groups = draw(st.sampled_from([g for g in (1, 2, 3) if channels % g == 0]))
         new_channels = groups * -(-draw(sizes) // groups)
         kind = draw(st.sampled_from(kinds))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from snparam.checkpoints.shapes import has_shape
-from snparam.checkpoints.spelled import as_ordinary, check_norm_is_one, inexpressible
+from snparam.checkpoints.spelled import check_norm_is_one, inexpressible, ordinary_entries
 from snparam.layers.torch_reading import matrix_relation, torch_axis, torch_sigma
 from snparam.parametrization.extensions import (
     Misfit,
@@ -77,7 +77,7 @@ class BigGAN(Spelling):
             # Copies, because safetensors takes no tensors that share memory.
             buffers[f"u{i}"] = norm.u[:, i].to(dtype, copy=True)
             buffers[f"sv{i}"] = norm.sv[:, i].to(dtype, copy=True)
-        return as_ordinary(weight, weight.original.detach(), buffers)
+        return ordinary_entries(weight, weight.original.detach(), buffers)
 
 
 def _is_number(value: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from snparam.checkpoints.spelled import as_ordinary
+from snparam.checkpoints.spelled import ordinary_entries
 from snparam.parametrization.attachment import read_as_eval
 from snparam.parametrization.baking import check_shared
 from snparam.parametrization.extensions import Spelled, Spelling, register_spelling
@@ -24,7 +24,7 @@ class Plain(Spelling):
 
     def write(self, weight: NormalisedWeight) -> Spelled:
         """Return the weight under its own name, as if never parametrized."""
-        return as_ordinary(weight, self._value(weight))
+        return ordinary_entries(weight, self._value(weight))
 
     def writer(self, model: nn.Module) -> Callable[[NormalisedWeight], Spelled]:
         """Return a function that writes weights which modules share as one tensor.
@@ -40,7 +40,7 @@ class Plain(Spelling):
             key = (id(weight.original), id(weight.norm))
             if key not in values:
                 values[key] = self._value(weight)
-            return as_ordinary(weight, values[key])
+            return ordinary_entries(weight, values[key])
 
         return write
 
