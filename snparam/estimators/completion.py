@@ -18,7 +18,7 @@ def complete_state(
 ) -> tuple[Tensor, Tensor]:
     """Return the top k left singular vectors and singular values, and keep those that are given.
 
-    `convergence.converged_state` computes what is missing; further vectors are those of the
+    `convergence.converged` computes what is missing; further vectors are those of the
     matrices after the given vectors are projected out. Sharded matrices that lack vectors keep
     none.
 
@@ -33,10 +33,10 @@ def complete_state(
         u (b, k, m) and sv (b, k).
     """
     if u is None or (u.shape[1] < k and isinstance(matrices, ShardedStack)):
-        return convergence.converged_state(matrices, k)
+        return convergence.converged(matrices, k)
     kept = min(u.shape[1], k)
     if sv is None or sv.shape[1] < kept:
-        _, sv = convergence.converged_state(matrices, kept)
+        _, sv = convergence.converged(matrices, kept)
     u, sv = u[:, :kept], sv[:, :kept]
     if kept == k:
         return u, sv
@@ -53,6 +53,6 @@ def _further_vectors(matrices: Tensor, u: Tensor, count: int) -> tuple[Tensor, T
     rows = orthonormal_rows(u.to(wide))
     remainder = matrices.to(wide)
     remainder = remainder - rows.mT @ (rows.conj() @ remainder)
-    further, sv = convergence.converged_state(remainder, count)
+    further, sv = convergence.converged(remainder, count)
     # Orthogonalised against u once more, because a zero remainder gives vectors of any direction.
     return orthonormal_rows(torch.cat([rows, further], 1))[:, u.shape[1] :], sv

@@ -24,7 +24,7 @@ _FULL_DECOMPOSITION = 256
 _LANCZOS_TOLERANCE = 5e-4
 
 
-def converged_state(
+def converged(
     matrices: Tensor | Stack, k: int, tolerance: float = _LANCZOS_TOLERANCE
 ) -> tuple[Tensor, Tensor]:
     """Return the top k left singular vectors and singular values, the same in every run.
@@ -80,7 +80,7 @@ def exact_sigma(matrices: Tensor | Stack) -> Tensor:
     Sharded matrices take Lanczos to rounding, in float64 if that is the dtype of their arithmetic.
     """
     if not isinstance(matrices, Tensor):
-        return converged_state(matrices, 1, tolerance=1e-13)[1][:, 0]
+        return converged(matrices, 1, tolerance=1e-13)[1][:, 0]
     wide = wide_dtype(matrices.dtype)
     sigmas = []
     for block, matrix in enumerate(matrices):

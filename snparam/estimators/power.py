@@ -36,7 +36,7 @@ class BlockIteration(Estimator):
 
     def start(self, stack: Tensor | Stack, k: int) -> tuple[Tensor, Tensor]:
         """Return converged u and sv, the same in every run."""
-        return convergence.converged_state(stack, k)
+        return convergence.converged(stack, k)
 
     def finish(self, t: Tensor, v: Tensor, previous_u: Tensor, eps: float) -> Estimate:
         """Return the estimate of a step, from its T = V Wᵀ.

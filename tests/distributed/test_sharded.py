@@ -217,7 +217,7 @@ def products(rank: int) -> None:
             torch.testing.assert_close(stack.left(u), u @ dense.conj())
             torch.testing.assert_close(stack.right(v), v @ dense.mT)
             assert stack.largest() == float(dense.abs().max())
-            _, sv = convergence.converged_state(stack, 2 if min(m, n) > 1 else 1)
+            _, sv = convergence.converged(stack, 2 if min(m, n) > 1 else 1)
             exact = torch.linalg.svdvals(dense)[:, : sv.shape[1]]
             torch.testing.assert_close(sv, exact, rtol=1e-3, atol=1e-12)
 

@@ -15,7 +15,7 @@ from snparam.testing.tensors import DTYPES, SPECTRA, weight_with
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_zero_matrix_starts_at_vectors_orthogonal_to_nothing_likely(count):
     """Not to single rows, nor to sums of rows, as u has to be turned towards what is learned."""
-    u, sv = convergence.converged_state(torch.zeros(1, 8, 6), count)
+    u, sv = convergence.converged(torch.zeros(1, 8, 6), count)
     assert not sv.any()
     torch.testing.assert_close(gram(u)[0], torch.eye(count).double(), rtol=0, atol=1e-12)
     assert (u.abs() > 1e-3).all()
@@ -27,7 +27,7 @@ def test_a_zero_matrix_starts_at_vectors_orthogonal_to_nothing_likely(count):
 def test_converged_vectors_of_small_matrices_are_singular_vectors(W, count):
     """σ₁ to rounding; values below 1e-8 σ₁ to that, for their squares are lost beside σ₁²."""
     count = min(count, *W.shape[1:])
-    u, sv = convergence.converged_state(W, count)
+    u, sv = convergence.converged(W, count)
     sigma = exact(W[0])[:count]
     assert u.dtype == (torch.complex128 if W.is_complex() else torch.float64)
     torch.testing.assert_close(sv[0, :1], sigma[:1], rtol=1e-12, atol=0)
@@ -43,7 +43,7 @@ def test_converged_vectors_of_small_matrices_are_singular_vectors(W, count):
 def test_converged_vectors_of_large_matrices_are_near(spectrum, dtype):
     W = weight_with(spectrum, (400, 300), seed=1, scale=7.0, dtype=dtype).unsqueeze(0)
     for each in (W, W.mT.contiguous()):
-        u, sv = convergence.converged_state(each, 3)
+        u, sv = convergence.converged(each, 3)
         sigma = exact(each[0])[:3]
         assert (abs(sv[0] - sigma) <= 1e-3 * sigma[0]).all()
         torch.testing.assert_close(gram(u)[0], torch.eye(3, dtype=u.dtype), rtol=0, atol=1e-9)
@@ -58,9 +58,9 @@ def test_convergence_is_deterministic(W, count):
     count = min(count, *W.shape[1:])
     state = torch.random.get_rng_state()
     torch.manual_seed(1)
-    first = convergence.converged_state(W, count)
+    first = convergence.converged(W, count)
     torch.rand(1)
-    second = convergence.converged_state(W, count)
+    second = convergence.converged(W, count)
     torch.random.set_rng_state(state)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
