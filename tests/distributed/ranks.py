@@ -1,4 +1,8 @@
-"""Running a function on several ranks: real processes, gloo, bounded in time."""
+"""Running a function on several ranks: real processes, gloo, bounded in time.
+
+Importing takes longer than most of the tests. A server process imports once, before it has any
+thread or process group, and every rank is forked from it.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,8 @@ import torch.multiprocessing as mp
 # Starting processes takes minutes on a machine that is busy with others.
 SECONDS = 600
 
+_IMPORTED_ONCE = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "pytest", "snparam"]
+
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(rank, *args)` returns on each of `world` ranks.
@@ -26,7 +32,8 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     The function has to be importable, and what it returns picklable. An error on a rank is raised
     here with its traceback; ranks that have not finished in time are stopped.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
     results: Queue[Any] = context.Queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
