@@ -6,6 +6,7 @@ Pure functions of stacks of matrices (b, m, n), with the shapes of `products`.
 from __future__ import annotations
 
 import math
+from itertools import count
 from typing import overload
 
 import torch
@@ -19,9 +20,16 @@ from snparam.matrices.products import Stack, left_product, right_product, wide_d
 _FULL_DECOMPOSITION = 256
 
 # Lanczos stops once ‖A x − θ x‖ ≤ tolerance · θ₁ for each Ritz pair (θ, x) of A = W Wᴴ, where θ₁ is
-# the largest θ. Each θ is then that near an eigenvalue, and σ₁ = √θ₁ is accurate to half the
-# tolerance: 2.5e-4 relative, against the 1e-3 promised.
+# the largest θ. Each θ is then that near an eigenvalue, and √θ₁ that near a singular value to half
+# the tolerance: 2.5e-4 relative, against the 1e-3 promised.
 _LANCZOS_TOLERANCE = 5e-4
+
+# The eigenvalue that θ₁ is near need not be the largest: a block that is nearly orthogonal to the
+# first singular vector has a small residual too, where the other singular values lie close
+# together. After one block σ₁ was 4e-3 too low for n = 500 and all others at 0.996 σ₁. After this
+# many it is below 2e-5, for spectra that are flat, narrow, uniform or of two values below σ₁, with
+# gaps of 0.1 to 5 % and n from 300 to 3000.
+_LEAST_BLOCKS = 8
 
 
 def converged(
@@ -211,7 +219,7 @@ def _top_by_lanczos(
     start = _quasi_random(width, size, matrix.stack.device, wide)
     basis = block = orthonormal_rows(start.unsqueeze(0))[0]
     images = basis.new_empty((0, size))
-    while True:
+    for blocks in count(1):
         image = matrix.gram(block)
         images = torch.cat([images, image])
         projected = basis.conj() @ images.mT
@@ -219,7 +227,9 @@ def _top_by_lanczos(
         values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
         ritz = vectors.mT @ basis
         residual = torch.linalg.vector_norm(vectors.mT @ images - values[:, None] * ritz, dim=-1)
-        done = bool((residual <= tolerance * values[0].clamp_min(0)).all())
+        done = blocks >= _LEAST_BLOCKS and bool(
+            (residual <= tolerance * values[0].clamp_min(0)).all()
+        )
         width = min(width, size - basis.shape[0])
         if done or width == 0:
             break

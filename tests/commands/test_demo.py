@@ -62,7 +62,8 @@ def test_it_writes_two_pictures_that_are_not_blank(finished):
     for picture in pictures:
         pixels = torch.from_numpy(imread(picture))[..., :3].reshape(-1, 3)
         assert len(pixels) > 400 * 400
-        assert len((pixels * 255).int().unique(dim=0)) > 50
+        colours = (pixels * 255).int() @ torch.tensor([1 << 16, 1 << 8, 1], dtype=torch.int32)
+        assert len(colours.unique()) > 50
         assert 0.01 < (pixels.mean(1) < 0.9).double().mean() < 0.9
 
 

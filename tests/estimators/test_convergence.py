@@ -53,6 +53,30 @@ def test_converged_vectors_of_large_matrices_are_near(spectrum, dtype):
         assert (sv[0].cumsum(0) <= sigma.cumsum(0) * (1 + slack)).all()
 
 
+# Just below σ₁: all others equal, of two values, in a narrow band, or spread down to zero.
+BELOW = {
+    "flat": lambda n: torch.ones(n),
+    "two values": lambda n: 1 - 0.1 * (torch.arange(n) % 2),
+    "narrow": lambda n: 1 - 0.005 * torch.linspace(0, 1, n),
+    "uniform": lambda n: torch.linspace(1, 0, n),
+}
+
+
+@pytest.mark.parametrize("gap", [0.001, 0.002, 0.004, 0.01, 0.05])
+@pytest.mark.parametrize("below", BELOW)
+def test_the_first_value_is_found_beside_many_that_are_nearly_as_large(below, gap):
+    n = 500
+    generator = torch.Generator().manual_seed(1)
+    left, right = (
+        torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+        for _ in range(2)
+    )
+    sigma = BELOW[below](n).double() * (1 - gap)
+    sigma[0] = 1.0
+    _, sv = convergence.converged((left * sigma @ right).float()[None], 1)
+    assert abs(float(sv[0, 0]) - 1) <= 1e-4
+
+
 @given(W=matrices(), count=st.integers(1, 3))
 def test_convergence_is_deterministic(W, count):
     count = min(count, *W.shape[1:])
