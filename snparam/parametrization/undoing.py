@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 from torch import nn
@@ -36,7 +35,7 @@ class _Snapshot:
     def __init__(self, module: nn.Module) -> None:
         self.module, self.type, self.attributes = module, type(module), dict(vars(module))
         tables = (self.attributes.get(name) for name in _TABLES)
-        self.tables = [(table, copy(table)) for table in tables if isinstance(table, dict | set)]
+        self.tables = [(table, table.copy()) for table in tables if isinstance(table, dict | set)]
 
     def restore(self) -> None:
         if type(self.module) is not self.type:

@@ -26,6 +26,7 @@ class Architecture:
         share: what share of the parameters of two or more dimensions is to be normalised, at least.
         left: for weights that are left alone, by name (a suffix), a part of the reason.
         idle: weights that this forward does not read, by name (a suffix).
+        gains: the kinds of gain that are tried.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Architecture:
     share: float = 1.0
     left: Mapping[str, str] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
+    gains: tuple[str, ...] = ("learned", "fixed")
 
     def make(self, seed: int) -> nn.Module:
         """The network, with the weights that belong to a seed."""
@@ -175,7 +177,7 @@ def check_scale_is_forgotten(architecture: Architecture, model: nn.Module) -> No
 def check_state_dict(architecture: Architecture, model: nn.Module) -> None:
     """Into another network, strictly, and it computes the same to the bit."""
     other = architecture.make(1)
-    convert(other)
+    convert(other, init="random")
     other.load_state_dict(model.state_dict(), strict=True)
     for (name, value), (_, theirs) in zip(
         model.state_dict().items(), other.state_dict().items(), strict=True
@@ -231,7 +233,7 @@ def check_training(architecture: Architecture, model: nn.Module) -> None:
 def check_gains(architecture: Architecture, model: nn.Module, before: list[Tensor]) -> None:
     """With a gain for every matrix the network computes what it did before its conversion."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    for gain in ("learned", "fixed"):
+    for gain in architecture.gains:
         convert(model, gain=gain)
         assert_same(computed(architecture, model), before)
         check_gains_are_state(model, learned=gain == "learned")
@@ -271,7 +273,7 @@ def check_restored_gains(model: nn.Module, state: Mapping[str, Tensor], bake: bo
 
 def check_bake(architecture: Architecture, model: nn.Module) -> None:
     """An ordinary network, with the weights and the function of eval mode, to the bit."""
-    convert(model)
+    convert(model, init="random")
     used = {name: getattr(m, t).detach().clone() for name, m, t, _ in norms_in(model.eval())}
     before = computed(architecture, model)
     snparam.restore_model(model)

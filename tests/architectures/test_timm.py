@@ -45,13 +45,23 @@ class Model:
         else:
             model = self.which(num_classes=5, **self.smaller)
         for part in self.without:
-            model.set_submodule(part, nn.Identity())
+            model.set_submodule(part, LeftOut())
         return model
 
     def architecture(self, family: str) -> Architecture:
         images = torch.linspace(-40, 40, 2 * 3 * self.side**2).sin()
         shape = 2, 3, self.side, self.side
-        return Architecture(family, self.build, lambda m: m(images.reshape(shape)), share=0)
+        # A fixed gain is tried with the other libraries' networks; there are a hundred families here.
+        return Architecture(
+            family, self.build, lambda m: m(images.reshape(shape)), share=0, gains=("learned",)
+        )
+
+
+class LeftOut(nn.Module):
+    """Returns the first of its inputs."""
+
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        return x
 
 
 class Cells(nn.Module):
@@ -244,7 +254,13 @@ FAMILIES = {
     "naflexvit": Model(
         "naflexvit_base_patch16_siglip", 32, embed_dim=48, depth=2, num_heads=3, img_size=32
     ),
-    "nasnet": Model("nasnetalarge", 32, num_features=96, stem_size=24),
+    "nasnet": Model(
+        "nasnetalarge",
+        32,
+        [f"cell_{n}" for first in (2, 8, 14) for n in range(first, first + 4)],
+        num_features=96,
+        stem_size=24,
+    ),
     "nest": Model(
         models.nest.Nest,
         32,
@@ -317,7 +333,7 @@ FAMILIES = {
         num_heads=(2, 2, 2, 2),
     ),
     "vovnet": Model("ese_vovnet19b_slim_dw", 32),
-    "xception": Model("legacy_xception", 32, [f"block{n}" for n in range(5, 12)]),
+    "xception": Model("legacy_xception", 32, [f"block{n}" for n in range(4, 12)]),
     "xception_aligned": Model(
         models.xception_aligned.XceptionAligned,
         32,

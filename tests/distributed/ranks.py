@@ -23,7 +23,13 @@ import torch.multiprocessing as mp
 # Starting processes takes minutes on a machine that is busy with others.
 SECONDS = 600
 
-_IMPORTED_ONCE = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "pytest", "snparam"]
+_IMPORTED_ONCE = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "pytest",
+    "snparam",
+]
 
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
