@@ -51,7 +51,7 @@ class Model:
     def architecture(self, family: str) -> Architecture:
         images = torch.linspace(-40, 40, 2 * 3 * self.side**2).sin()
         shape = 2, 3, self.side, self.side
-        # A fixed gain is tried with the other libraries' networks; there are a hundred families here.
+        # A fixed gain is tried with the networks of other libraries, which are fewer.
         return Architecture(
             family, self.build, lambda m: m(images.reshape(shape)), share=0, gains=("learned",)
         )

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,15 @@ def test_it_shows_its_progress_on_stderr(finished):
     assert "training:" not in done.stdout
 
 
+@pytest.fixture
+def without_drawing(monkeypatch):
+    """Files in the place of pictures, which take longer than the training of a reduced run."""
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).touch()
+    )
+
+
+@pytest.mark.usefixtures("without_drawing")
 def test_quiet_shows_neither_tables_nor_progress(tmp_path, capsys):
     assert main(["demo", "--epochs", "1", "--out", str(tmp_path / "a" / "b"), "--quiet"]) == 0
     captured = capsys.readouterr()
@@ -103,6 +113,7 @@ def test_quiet_shows_neither_tables_nor_progress(tmp_path, capsys):
     assert len(list((tmp_path / "a" / "b").iterdir())) == 2
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_runs_repeat_and_leave_the_global_state_alone(tmp_path):
     torch.manual_seed(1234)  # not the state that a run would leave, were it to leave one
     state, threads = torch.get_rng_state(), torch.get_num_threads()
@@ -135,6 +146,7 @@ def restored_with_a_key_too_many(model, bake=True):
 demo_restore = demo.restore_model
 
 
+@pytest.mark.usefixtures("without_drawing")
 @pytest.mark.parametrize(
     ("sabotage", "claims"),
     [
@@ -151,6 +163,7 @@ def test_a_broken_restoration_fails_the_checks_it_breaks(monkeypatch, tmp_path, 
     assert all(any(claim in text for text in failed) for claim in claims)
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_a_broken_conversion_fails_its_check(monkeypatch, tmp_path):
     convert = demo.convert_model
 
@@ -175,6 +188,7 @@ def test_a_missing_library_is_named_with_the_extra(monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_a_terminal_gets_a_drawn_table_with_every_name_in_full(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "200")

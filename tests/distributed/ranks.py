@@ -97,7 +97,7 @@ def _run(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         dist.init_process_group(
-            "gloo", rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS // 2)
+            "gloo", rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS)
         )
         results.put((rank, None, function(rank, *args)))
         dist.destroy_process_group()

@@ -16,11 +16,19 @@ import snparam
 from .ranks import assert_same, on_ranks
 from .test_sharded import PLAN, Network, tensors, train
 
-OPTIONS: list[dict[str, Any]] = [
-    {"update": "forward"},
-    {"update": "step"},
-    {"num_svs": 3, "num_itrs": 2, "gain": "learned"},
+Options = dict[str, dict[str, Any]]
+
+# Of the two layers, all at once, because compiling takes longer than everything else.
+OPTIONS: list[Options] = [
+    {"up": {"update": "step"}, "down": {"num_svs": 3, "num_itrs": 2, "gain": "learned"}},
+    {"up": {}, "down": {"update": "step", "sigma": "rayleigh-ritz", "num_svs": 2}},
 ]
+
+
+def register(model: nn.Module, options: Options) -> nn.Module:
+    for name, given in options.items():
+        snparam.register_sn(model.get_submodule(name), **given)
+    return model
 
 
 class Reading(Network):
@@ -39,9 +47,9 @@ def trained(model: nn.Module, run: nn.Module, part: int = 0, parts: int = 1) -> 
     return tensors(model)
 
 
-def fully_sharded(rank: int, options: dict[str, Any], compiled: bool = True) -> dict[str, Any]:
+def fully_sharded(rank: int, options: Options, compiled: bool = True) -> dict[str, Any]:
     torch._dynamo.reset()
-    model = snparam.convert_model(Reading(), **options)
+    model = register(Reading(), options)
     for module in (model.up, model.down, model):
         fully_shard(module, reshard_after_forward=True)
     run: Any = model
@@ -50,22 +58,21 @@ def fully_sharded(rank: int, options: dict[str, Any], compiled: bool = True) -> 
     return trained(model, run, rank, torch.distributed.get_world_size())
 
 
-def fully_sharded_eager(rank: int, options: dict[str, Any]) -> dict[str, Any]:
+def fully_sharded_eager(rank: int, options: Options) -> dict[str, Any]:
     return fully_sharded(rank, options, compiled=False)
 
 
-def tensor_parallel(rank: int, options: dict[str, Any]) -> dict[str, Any]:
+def tensor_parallel(rank: int, options: Options) -> dict[str, Any]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    model = snparam.convert_model(parallelize_module(Reading(), mesh, PLAN), **options)
+    model = register(parallelize_module(Reading(), mesh, PLAN), options)
     # Not inductor, which takes a minute for its kernels, and adds nothing about shards.
     run: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = trained(model, run)
-    # One for training and one for eval, whatever the steps and switches; with update="step" one
-    # more for the training that trusts the optimizers' hooks.
-    graphs = 3 if options.get("update") == "step" else 2
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    # One for training and one for eval, whatever the steps and switches, and because of
+    # update="step" one more for the training that trusts the optimizers' hooks.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     return found
 
 
@@ -77,7 +84,7 @@ def each(rank: int, system: Any) -> list[dict[str, Any]]:
 def test_sharded_training_equals_one_eager_process(system: Any) -> None:
     expected = []
     for options in OPTIONS:
-        model = snparam.convert_model(Reading(), **options)
+        model = register(Reading(), options)
         expected.append(trained(model, model))
     for results in on_ranks(2, each, system):
         for found, right in zip(results, expected, strict=True):

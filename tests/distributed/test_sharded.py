@@ -204,15 +204,15 @@ def products(rank: int) -> None:
     world = torch.distributed.get_world_size()
     everywhere = ways_to_place(world)
     torch.manual_seed(0)
-    for dtype, (shape, layout, blocks) in itertools.product(
-        (torch.float64, torch.complex128), SHAPES
+    for number, (dtype, (shape, layout, blocks)) in enumerate(
+        itertools.product((torch.float64, torch.complex128), SHAPES)
     ):
         weight = torch.randn(shape, dtype=dtype)
         view = layout.view(shape, blocks)
         dense = view.to_matrices(weight)
         b, m, n = dense.shape
         u, v = torch.randn(b, 2, m, dtype=dtype), torch.randn(b, 2, n, dtype=dtype)
-        for mesh, placements in everywhere:
+        for mesh, placements in everywhere[number % 2 :: 2]:
             stack = ShardedStack(distribute_tensor(weight, mesh, placements), view, dtype)
             torch.testing.assert_close(stack.left(u), u @ dense.conj())
             torch.testing.assert_close(stack.right(v), v @ dense.mT)
@@ -234,8 +234,8 @@ def second_derivatives(rank: int) -> None:
     """The gradients of a penalty on gradients, against those of the division written out."""
     everywhere = ways_to_place(4)
     torch.manual_seed(0)
-    for dtype, (shape, layout, blocks) in itertools.product(
-        (torch.float64, torch.complex128), SHAPES
+    for number, (dtype, (shape, layout, blocks)) in enumerate(
+        itertools.product((torch.float64, torch.complex128), SHAPES)
     ):
         weight, factor = torch.randn(2, *shape, dtype=dtype)
         view = layout.view(shape, blocks)
@@ -260,7 +260,7 @@ def second_derivatives(rank: int) -> None:
             return divide(w, Divisor(d, slope, g), u, v, view)
 
         expected = penalised(written, weight, gain, factor)
-        for mesh, placements in everywhere:
+        for mesh, placements in everywhere[number % 2 :: 2]:
             parts = [distribute_tensor(x, mesh, placements) for x in (weight, factor)]
             found = penalised(used, parts[0], gain, parts[1])
             for value, right in zip(found, expected, strict=True):

@@ -337,8 +337,8 @@ def test_processes_exchange_state_dicts_and_modules_say_so() -> None:
     queue = context.Queue()
     child = context.Process(target=build_in_child, args=(queue, model.state_dict()))
     child.start()
-    found = torch.from_numpy(queue.get(timeout=100))
-    child.join(30)
+    found = torch.from_numpy(queue.get(timeout=600))
+    child.join(600)
     torch.testing.assert_close(found, model(X).detach())
     refused = context.Process(target=build_in_child, args=(queue, model))
     with pytest.raises(RuntimeError, match=r"Linear with SpectralNorm.*state_dict.*convert_model"):
