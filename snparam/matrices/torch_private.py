@@ -214,6 +214,23 @@ without_dispatch_modes: Callable[[], AbstractContextManager[Any]] = _torch_funct
 
 
 @_requires(
+    "torch.nn.Conv1d._conv_forward",
+    "torch.nn.Conv2d._conv_forward",
+    "torch.nn.Conv3d._conv_forward",
+    purpose="tells a convolution that is torch's own, whose output can be divided by σ instead of "
+    "its weight",
+    without="no training forward of a normalised convolution runs without it",
+    # Their common base has a declaration of that name.
+    unchanged=lambda: all(
+        "_conv_forward" in vars(kind) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    ),
+)
+def conv_forwards() -> tuple[Any, ...]:
+    """Return the methods by which torch's own convolutions convolve."""
+    return nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward
+
+
+@_requires(
     "torch.utils._python_dispatch.TorchDispatchMode.is_infra_mode",
     purpose="tells a mode that traces or fakes operations from one that only watches them",
     without=_NO_MODES,

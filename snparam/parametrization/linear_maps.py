@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from snparam.constraints.constraint import Division
 from snparam.constraints.division import Divisor, divide, is_autocast_on, rank_one_update
 from snparam.matrices import torch_private
-from snparam.matrices.orthonormalisation import is_batched
+from snparam.matrices.orthonormalisation import is_batched, reads_freely
 from snparam.parametrization.spectral_norm import Reading, SpectralNorm
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARDS = {kind.forward for kind in (nn.Linear, *_CONVOLUTIONS)}
-_CONV_FORWARDS = {kind._conv_forward for kind in _CONVOLUTIONS}
 
 
 def is_linear_map(owner: nn.Module, base: type[nn.Module]) -> bool:
@@ -42,15 +41,32 @@ def is_linear_map(owner: nn.Module, base: type[nn.Module]) -> bool:
     lists = parts._modules.get("weight")
     return (
         base.forward in _FORWARDS
-        and (base.forward is nn.Linear.forward or base._conv_forward in _CONV_FORWARDS)  # type: ignore[attr-defined]
-        and getattr(owner, "padding_mode", "zeros") == "zeros"
-        and not isinstance(getattr(owner, "padding", None), str)
+        and (base.forward is nn.Linear.forward or _is_plain_convolution(owner, base))
+        # Pruning, for one, makes the bias an ordinary attribute.
+        and "bias" in owner._parameters
+        and "bias" not in owner.__dict__
         and len(parts._modules) == 1
         and lists is not None
         and list(lists._modules) == ["0"]
         and type(norm := lists._modules["0"]) is SpectralNorm
         and norm.view.matrices[0] == 1
         and isinstance(norm._constraint, Division)
+    )
+
+
+def _is_plain_convolution(owner: Any, base: Any) -> bool:
+    """Return whether a convolution pads with zeros, and has its geometry as its class made it.
+
+    torch also takes a number, or one for all axes, for a geometry that somebody assigns later.
+    """
+    dimensions = len(owner.kernel_size)
+    return (
+        base._conv_forward in torch_private.conv_forwards()
+        and owner.padding_mode == "zeros"
+        and all(
+            isinstance(axes, tuple) and len(axes) == dimensions
+            for axes in (owner.stride, owner.padding, owner.dilation)
+        )
     )
 
 
@@ -240,7 +256,7 @@ def _subtract_rank_one(
 ) -> Tensor:
     """Return scale · G − rate · u vᵀ, written into G if its memory is laid out as the weight's."""
     matrix = view.to_matrix(g, like=weight)
-    if rate.is_cpu:
+    if reads_freely(rate):
         factor = 1.0 if scale is None else scale.item()
         if matrix.data_ptr() == g.data_ptr():
             matrix.addr_(u, v, beta=factor, alpha=-rate.item())
@@ -272,7 +288,7 @@ def _write_product(
     On a CPU the scale is the product's alpha. Elsewhere reading it as a number would wait for the
     device, and it multiplies the smallest of A, B and the product.
     """
-    if scale.is_cpu:
+    if reads_freely(scale):
         start, alpha = (out if bias is None else bias), scale.item()
         torch.addmm(start, a, b, beta=bias is not None, alpha=alpha, out=out)
         return
@@ -296,7 +312,7 @@ def _needs_weight_in_use(scale: Tensor, weight: Tensor) -> bool:
     W · γ/d stays within it. On an accelerator this is False without a look at the number, because
     reading it would wait for the device.
     """
-    if not scale.is_cpu:
+    if not reads_freely(scale):
         return False
     info = torch.finfo(weight.dtype)
     return not info.tiny**0.75 <= abs(scale.item()) <= info.max

@@ -197,7 +197,7 @@ class SpectralNorm(nn.Module):
         new.__dict__ = copy.deepcopy(self.__getstate__(), memo)
         new._reset_transient()
         owners = [(reference(), name) for reference, name in self._owners]
-        new._owners = [(ref(memo[id(o)]), name) for o, name in owners if id(o) in memo]
+        new._owners = [(new._reference(memo[id(o)]), name) for o, name in owners if id(o) in memo]
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -227,7 +227,22 @@ class SpectralNorm(nn.Module):
         if not any(
             reference() is owner and tensor_name == name for reference, tensor_name in self._owners
         ):
-            self._owners.append((ref(owner), name))
+            self._owners.append((self._reference(owner), name))
+
+    def _reference(self, owner: nn.Module) -> ReferenceType[nn.Module]:
+        """Return a weak reference to a module; once the module is gone, no hook is trusted.
+
+        The hooks of `update` find the weight by its module, and torch may have moved this
+        parametrization to another one.
+        """
+        state = ref(self)
+
+        def distrust(_: object) -> None:
+            norm = state()
+            if norm is not None:
+                norm._trusted = False
+
+        return ref(owner, distrust)
 
     def remove_owner(self, owner: nn.Module, name: str) -> None:
         """Note that this was taken off the tensor `name` of a module."""
@@ -375,8 +390,11 @@ class SpectralNorm(nn.Module):
         """Return whether a training forward is to divide by the stored state, without a step.
 
         A loaded state is up to date for one training forward, the one that calls this; forwards
-        under `frozen` do not count.
+        under `frozen` do not count. A trusted one is as long as the hooks find the weight: torch
+        can move this parametrization to modules that nobody has announced.
         """
+        if self._trusted and not any(original is weight for original in self.originals()):
+            self._trusted = False
         if not (self._trusted or self._loaded):
             return False
         self._loaded = self._loaded and bool(self._frozen_depth)

@@ -8,16 +8,17 @@ methods of that class configure and save it, which can find the EMAModel on the 
 diffusers is not imported; the names of those methods and of the EMAModel's list of tensors are all
 that is looked for.
 
-The converted networks that are alive are kept in a global set, because an EMAModel has no reference
-to the network whose Parameters it averages.
+The shapes of the Parameters of each converted network are kept in a global table, by its class,
+because an EMAModel has no reference to the network whose Parameters it averages, and that network
+may have been restored since, or be gone.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -31,14 +32,16 @@ _SAVE = "save_pretrained"
 _MODEL_METHODS = ("register_to_config", _SAVE)
 _AVERAGES = "shadow_params"
 
-_converted: WeakSet[nn.Module] = WeakSet()
+Shapes = tuple[tuple[int, ...], ...]
+
+_converted: WeakKeyDictionary[type, set[Shapes]] = WeakKeyDictionary()
 
 
 def refuse_averages(model: nn.Module) -> None:
     """Let models of a converted model's class refuse to be filled with averages of such a model."""
     methods = [(cls, name) for name in _MODEL_METHODS for cls in definitions(type(model), name)]
     if {name for _, name in methods} == set(_MODEL_METHODS) and is_normalised(model):
-        _converted.add(model)
+        _converted.setdefault(type(model), set()).add(_shapes(model.parameters()))
         for cls, name in methods:
             wrap(cls, name, _run_unless_averages)
 
@@ -53,8 +56,9 @@ def _run_unless_averages(
         kind = type(model).__name__
         raise RuntimeError(
             f"EMAModel.{_SAVE} of a converted {kind} would write averages of original weights as "
-            f"the weights of an ordinary {kind}; put them into a copy of the converted network, "
-            "and save that: average = copy.deepcopy(model); ema.copy_to(average.parameters()); "
+            f"the weights of an ordinary {kind}; put them into a copy of the network whose "
+            "parameters they average (converted again, if it has been restored since), and save "
+            "that: average = copy.deepcopy(model); ema.copy_to(average.parameters()); "
             f"average.{_SAVE}(path). To go on averaging later, save and load ema.state_dict()."
         )
     return method(model, *args, **kwargs)
@@ -73,22 +77,17 @@ def _averages_being_saved(kind: type) -> list[Tensor] | None:
 
 def _is_of_converted(averages: list[Tensor], kind: type) -> bool:
     """Return whether averages have the shapes of a converted network's Parameters, of one class."""
-    shapes = [tuple(average.shape) for average in averages]
-    return any(
-        shapes == [tuple(parameter.shape) for parameter in network.parameters()]
-        for network in _converted
-        if type(network) is kind and is_normalised(network)
-    )
+    return _shapes(averages) in _converted.get(kind, set())
+
+
+def _shapes(tensors: Iterable[Tensor]) -> Shapes:
+    return tuple(tuple(tensor.shape) for tensor in tensors)
 
 
 class _DiffusersEMA(System):
     def on_model(self, model: nn.Module) -> None:
         for module in model.modules():
             refuse_averages(module)
-
-    def on_restore(self, model: nn.Module) -> None:
-        for module in model.modules():
-            _converted.discard(module)
 
 
 register_system(_DiffusersEMA())

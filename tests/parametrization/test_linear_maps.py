@@ -22,7 +22,7 @@ from helpers.holder import norm_of, original_of
 from helpers.parametrized import drawing_from
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -32,6 +32,7 @@ from torch.utils.checkpoint import (
 
 import snparam
 from snparam.estimators.estimate import ESTIMATORS, Estimate, Estimator, register_estimator
+from snparam.parametrization import linear_maps
 
 WIDE = {"dtype": torch.float64}
 
@@ -228,6 +229,17 @@ def has_as_many(case: Case, options: dict[str, Any]) -> bool:
 def test_values_and_gradients_are_those_of_the_composition(
     case: Case, options: dict[str, Any]
 ) -> None:
+    if has_as_many(case, options):
+        assert_same_as_composed(case, case.layer(**options), case.input())
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@cases
+def test_without_reading_numbers_they_are_too(
+    case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator, where reading one would wait for the device."""
+    monkeypatch.setattr(linear_maps, "reads_freely", lambda _: False)
     if has_as_many(case, options):
         assert_same_as_composed(case, case.layer(**options), case.input())
 
@@ -906,6 +918,44 @@ OTHERS = {
 @pytest.mark.parametrize("case", {**OWN, **OTHERS}.values(), ids={**OWN, **OTHERS})
 def test_what_is_no_plain_linear_map_is_computed_with_the_weight(case: Case) -> None:
     assert_same_as_composed(case, case.layer(), case.input(), at_the_map=False)
+
+
+def pruned(layer: nn.Module) -> None:
+    prune.l1_unstructured(layer, "bias", 0.5)
+
+
+def with_bias_beside(layer: nn.Module) -> None:
+    del layer.bias
+    layer.__dict__["bias"] = torch.ones(4, **WIDE)
+
+
+def with_buffer_for_bias(layer: nn.Module) -> None:
+    del layer.bias
+    layer.register_buffer("bias", torch.ones(4, **WIDE))
+
+
+def with_numbers(layer: Any) -> None:
+    layer.stride, layer.padding, layer.dilation = 2, (1,), [1, 1]
+
+
+LATER: dict[str, tuple[Case, Callable[[Any], None]]] = {
+    "pruned bias": (LINEAR["few vectors"], pruned),
+    "bias beside": (LINEAR["few vectors"], with_bias_beside),
+    "buffer for bias": (LINEAR["few vectors"], with_buffer_for_bias),
+    "geometry of numbers": (CONV["2d"], with_numbers),
+}
+
+
+@pytest.mark.parametrize(("case", "change"), LATER.values(), ids=LATER)
+def test_what_is_changed_after_registration_is_what_is_computed_with(
+    case: Case, change: Callable[[Any], None]
+) -> None:
+    layer, other, x = case.layer(), case.layer(), case.input()
+    change(layer)
+    change(other)
+    with torch.no_grad():  # which makes the weight in use
+        expected = other(x)
+    assert_close(layer(x), expected, rtol=1e-9, atol=1e-11)
 
 
 def test_a_subclass_that_changes_nothing_is_at_the_map() -> None:

@@ -1,6 +1,7 @@
 """Other tensors for one call, and parametrizations that torch moves: as with torch's own."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -102,3 +103,35 @@ def test_what_was_transferred_is_restored():
     source, target = transferred(ours)
     restored = snparam.restore_model(copy.deepcopy(target))
     assert_same_function(restored, source, X)
+
+
+def moved_by_torch(source, target):
+    parametrize.transfer_parametrizations_and_params(source, target)
+
+
+def registered_by_torch(source, target):
+    parametrize.register_parametrization(target, "weight", source.parametrizations.weight[0])
+
+
+@pytest.mark.parametrize("move", [moved_by_torch, registered_by_torch])
+def test_a_module_that_outlives_the_first_is_normalised_in_training(move):
+    """Nothing else tells that its weight has changed: fused optimizers count no writes."""
+
+    def train(layer, steps):
+        optimizer = torch.optim.Adam(layer.parameters(), 0.3, fused=True)
+        for _ in range(steps):
+            layer(torch.randn(8, 16)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    source = snparam.register_sn(nn.Linear(16, 16), update="step")
+    train(source, 5)
+    target = nn.Linear(16, 16)
+    move(source, target)
+    del source
+    gc.collect()
+    train(target, 20)
+    norm = torch.linalg.matrix_norm(target.eval().weight.detach(), 2)
+    assert float(norm) == pytest.approx(1, abs=0.1)
+    used = target.train().weight.detach()
+    assert float(torch.linalg.matrix_norm(used, 2)) == pytest.approx(1, abs=0.1)
