@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from snparam.parametrization.arguments import check_model
 from snparam.parametrization.baking import check_alone
 from snparam.parametrization.find import norms_of
 from snparam.parametrization.gains import gain_parameters
@@ -62,8 +63,9 @@ def optimizer_state_dict_for(
             in the other, if the optimizer trains parameters that the model does not have (FSDP1's,
             which are flat), if it keeps one state for all of them (LBFGS), or if a weight carries
             another parametrization as well.
-        TypeError: without a state dict for `"snparam"`.
+        TypeError: without a state dict for `"snparam"`, or if `model` is no module.
     """
+    check_model(model, "optimizer_state_dict_for")
     if spelling not in ("plain", "snparam"):
         raise ValueError(f"spelling={spelling!r}: expected 'plain' or 'snparam'")
     if isinstance(optimizer, torch.optim.LBFGS):

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from snparam.checkpoints.spellings.plain import Plain
+from snparam.parametrization.arguments import check_flag, check_model
 from snparam.parametrization.baking import check_alone
 from snparam.parametrization.extensions import SPELLINGS, Spelled
 from snparam.parametrization.find import NormalisedWeight, normalised_weights
@@ -33,7 +34,10 @@ def plain_state_dict(model: nn.Module, bake: bool = True) -> dict[str, Any]:
     Raises:
         ValueError: if a weight carries another parametrization as well; with `bake`, also if a
             normalised weight is shared with a module that uses it as it is.
+        TypeError: if `model` is no module, or `bake` is neither True nor False.
     """
+    check_model(model, "plain_state_dict")
+    check_flag("bake", bake)
     return _respell(model, Plain(bake).writer(model))
 
 
@@ -60,7 +64,9 @@ def state_dict_for(model: nn.Module, spelling: str) -> dict[str, Any]:
         ValueError: for an unknown spelling, or if a weight cannot be expressed in it: several
             blocks, `coeff`, `soft`, `gain`, another reading of the weight, another
             parametrization on it; for BigGAN, a weight not named `weight`.
+        TypeError: if `model` is no module.
     """
+    check_model(model, "state_dict_for")
     registered = {known.name: known for known in SPELLINGS}
     if spelling not in registered:
         raise ValueError(

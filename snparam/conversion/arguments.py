@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
+from snparam.parametrization.arguments import put_into_docstring
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -33,45 +31,7 @@ progress: a progress bar on stderr (tqdm, extra `progress`): None (the default) 
 
 def documents_arguments(function: _Function) -> _Function:
     """Put what `plan_conversion` and `convert_model` share into a docstring, at `{arguments}`."""
-    if function.__doc__:
-        # The indentation of the placeholder is kept: Python 3.13 strips that of a whole docstring.
-        function.__doc__ = re.sub(
-            r"^( *)\{arguments\}$",
-            lambda placeholder: textwrap.indent(_ARGUMENTS_DOC, placeholder[1]),
-            function.__doc__,
-            flags=re.MULTILINE,
-        )
-    return function
-
-
-def check_model(model: Any, function: str) -> None:
-    """Raise if the argument that a function takes for a model is no `nn.Module`.
-
-    Args:
-        model: the argument.
-        function: name of the function that was called, for the error.
-
-    Raises:
-        TypeError: with the argument's type, the expected one, and what to do.
-    """
-    if isinstance(model, nn.Module):
-        return
-    if isinstance(model, type):
-        description, remedy = f"the class {model.__name__}", "make an instance of it first"
-    elif model is None:
-        description, remedy = (
-            "None",
-            "check what gave it: a function that changes a network in place may",
-        )
-        remedy += " return nothing"
-    elif isinstance(model, list | tuple | set | dict):
-        description = f"a {type(model).__name__}"
-        remedy = (
-            "call it for each network in it, or put them into an nn.ModuleList or nn.ModuleDict"
-        )
-    else:
-        description, remedy = f"a {type(model).__name__}", "pass the network itself"
-    raise TypeError(f"{function}: expected an nn.Module, not {description}; {remedy}.")
+    return put_into_docstring(function, "arguments", _ARGUMENTS_DOC)
 
 
 def check_count_is_no_name(num_svs: Any) -> None:

@@ -8,10 +8,11 @@ from typing import TypeVar
 from torch import nn
 from typing_extensions import Unpack
 
-from snparam.conversion.arguments import check_model, documents_arguments
+from snparam.conversion.arguments import documents_arguments
 from snparam.conversion.plan import REFUSE, ConversionPlan, plan_conversion
 from snparam.conversion.selection import Filter, Selectors
 from snparam.conversion.takeover import remove_torch_norm
+from snparam.parametrization.arguments import check_model
 from snparam.parametrization.attachment import attach
 from snparam.parametrization.extensions import SYSTEMS
 from snparam.parametrization.options import Options, documents_options
@@ -55,7 +56,7 @@ def convert_model(
     Args:
         model: the network, changed in place.
         {arguments}
-    {options}
+        {options}
 
     Returns:
         The model.

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
-from snparam.conversion.arguments import check_model, documents_arguments
+from snparam.conversion.arguments import documents_arguments
 from snparam.conversion.selection import Filter, Selection, Selectors
 from snparam.conversion.tables import aligned_table
 from snparam.conversion.weights import Weight, weights_in
 from snparam.layers.rows import qualified_class_name
+from snparam.parametrization.arguments import check_flag, check_model
 from snparam.parametrization.find import normalised_weights
 from snparam.parametrization.options import Options, Settings, documents_options, settings_from
 from snparam.parametrization.spectral_norm import SpectralNorm
@@ -173,7 +174,7 @@ def plan_conversion(
     Args:
         model: the network.
         {arguments}
-    {options}
+        {options}
 
     Returns:
         The plan, a list of rows; `print(plan)` shows it as a table.
@@ -187,6 +188,7 @@ def plan_conversion(
         ImportError: if `progress=True` and tqdm is not installed.
     """
     check_model(model, "plan_conversion")
+    check_flag("replace", replace)
     settings = settings_from(num_svs, num_itrs, options)
     selection = Selection.from_arguments(include, exclude, filter_fn, model, preset)
     weights = list(weights_in(model, settings, take_over=replace))

@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import nn
 from typing_extensions import Unpack
 
-from snparam.conversion.arguments import check_count_is_no_name, check_model
+from snparam.conversion.arguments import check_count_is_no_name
 from snparam.conversion.weights import Weight, weight_at
 from snparam.layers.table import (
     Path,
@@ -20,6 +20,7 @@ from snparam.layers.table import (
 from snparam.layers.tensors import is_lazy
 from snparam.layers.torch_norms import hook_using
 from snparam.matrices.views import Layout, View
+from snparam.parametrization.arguments import check_flag, check_model
 from snparam.parametrization.attachment import attach, detach, read_as_eval
 from snparam.parametrization.baking import check_alone
 from snparam.parametrization.find import norm_on, norms_of
@@ -58,7 +59,7 @@ def register_sn(
         module: the module to change, in place.
         name: which tensor, such as `"weight"` or `"out_proj.weight"`. None (the default) registers
             on every weight that the layer table lists for this type of module.
-    {options}
+        {options}
 
     Returns:
         The module.
@@ -112,9 +113,10 @@ def remove_sn(module: _ModuleT, *, name: str | None = None, bake: bool = True) -
         ValueError: if the tensor (with `name=None`, every tensor of the module) is without
             SpectralNorm, or if another parametrization is on the same tensor; nothing has been
             changed.
-        TypeError: if `module` is no module.
+        TypeError: if `module` is no module, or `bake` is neither True nor False.
     """
     check_model(module, "remove_sn")
+    check_flag("bake", bake)
     if name is None:
         registered = [tensor for tensor, _ in norms_of(module)]
         names = dict.fromkeys([*layouts_of(module), *registered])

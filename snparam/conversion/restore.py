@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from snparam.conversion.arguments import check_model
+from snparam.parametrization.arguments import check_flag, check_model
 from snparam.parametrization.attachment import detach, read_as_eval
 from snparam.parametrization.baking import check_alone, check_shared
 from snparam.parametrization.extensions import SYSTEMS
@@ -34,9 +34,10 @@ def restore_model(model: _ModuleT, bake: bool = True) -> _ModuleT:
         ValueError: if a weight carries another parametrization as well, or, with `bake=True`, its
             Parameter is shared with a module that uses it without normalisation; nothing has been
             changed.
-        TypeError: if `model` is no module.
+        TypeError: if `model` is no module, or `bake` is neither True nor False.
     """
     check_model(model, "restore_model")
+    check_flag("bake", bake)
     weights = [(weight.owner, weight.tensor_name) for weight in normalised_weights(model)]
     for module, tensor in weights:
         check_alone(module, tensor)

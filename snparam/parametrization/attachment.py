@@ -10,9 +10,10 @@ from torch.nn.utils import parametrize
 
 from snparam.layers.table import layer_type
 from snparam.matrices import torch_private
+from snparam.parametrization.arguments import check_model
 from snparam.parametrization.classes import give_own_class
 from snparam.parametrization.extensions import SYSTEMS
-from snparam.parametrization.find import has_norms, norm_on, norms_of
+from snparam.parametrization.find import has_norms, norm_on, normalised_weights
 from snparam.parametrization.forwards import bracket_forward, release_forward
 from snparam.parametrization.order import ordinary_order, record_order, recorded_order, sort_table
 from snparam.parametrization.spectral_norm import SpectralNorm
@@ -122,17 +123,22 @@ def weight_in_use(module: nn.Module, name: str = "weight") -> Tensor:
     training mode counts as a forward instead, and moves the state.
 
     Args:
-        module: the module that has the weight, not one around it.
-        name: name of the weight in it.
+        module: the module that has the weight, or one around it.
+        name: name of the weight in it, dotted for a module around: `"0.weight"`.
 
     Raises:
         ValueError: if the module has no normalised weight of that name; the error lists those that
             it has.
+        TypeError: if `module` is no module.
     """
-    names = [tensor for tensor, _ in norms_of(module)]
-    if name not in names:
+    check_model(module, "weight_in_use")
+    inner, _, tensor_name = name.rpartition(".")
+    owner = dict(module.named_modules(remove_duplicate=False)).get(inner)
+    if owner is None or norm_on(owner, tensor_name) is None:
+        names = [weight.name for weight in normalised_weights(module)]
+        shown = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
         raise ValueError(
             f"weight_in_use: {type(module).__name__} has no weight {name!r} under SpectralNorm; "
-            + (f"it has {names}" if names else "it has none")
+            + (f"pass one of {shown}" if names else "it has none")
         )
-    return read_as_eval(module, name).detach()
+    return read_as_eval(owner, tensor_name).detach()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from snparam.parametrization.arguments import check_model
 from snparam.parametrization.find import normalised_states
 from snparam.parametrization.spectral_norm import SpectralNorm
 
@@ -27,6 +28,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
     Raises:
         ValueError: if the model has no weight under SpectralNorm.
+        TypeError: if `model` is no module.
     """
     norms = _states_in(model, "frozen")
     for norm in norms:
@@ -51,6 +53,7 @@ def cached(model: nn.Module) -> Iterator[None]:
 
     Raises:
         ValueError: if the model has no weight under SpectralNorm.
+        TypeError: if `model` is no module.
     """
     norms = _states_in(model, "cached")
     for norm in norms:
@@ -64,6 +67,7 @@ def cached(model: nn.Module) -> Iterator[None]:
 
 def _states_in(model: nn.Module, function: str) -> list[SpectralNorm]:
     """Return the states of a model, or raise the error of a function that needs at least one."""
+    check_model(model, function)
     norms = [weight.norm for weight in normalised_states(model)]
     if not norms:
         raise ValueError(

@@ -7,6 +7,8 @@ torch keeps no list of optimizers, but a global hook sees each one that steps.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import warnings
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -16,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from snparam.parametrization.arguments import check_model
 from snparam.parametrization.extensions import System, register_system
 from snparam.parametrization.find import norm_on, normalised_states, norms_of
 from snparam.parametrization.spectral_norm import SpectralNorm
@@ -33,7 +36,11 @@ def gain_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     Returns:
         The Parameters γ, each (b,); an empty list if nothing was converted with `gain="learned"`.
+
+    Raises:
+        TypeError: if `model` is no module.
     """
+    check_model(model, "gain_parameters")
     gains: list[Any] = [
         weight.norm.gain
         for weight in normalised_states(model)
@@ -43,33 +50,58 @@ def gain_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def parameter_groups(model: nn.Module, **for_gains: Any) -> list[dict[str, Any]]:
-    """Return two parameter groups for an optimizer: all other parameters, and the learned gains.
+    """Return parameter groups for an optimizer: all other parameters, and the learned gains.
 
         torch.optim.AdamW(snparam.parameter_groups(model, weight_decay=0.0), weight_decay=0.1)
 
     The options that are passed here apply to the gains alone, and the optimizer's own to all other
-    parameters: in the line above the weights decay and the gains do not.
+    parameters: in the line above the weights decay and the gains do not. A network without learned
+    gains has one group, of all its parameters, so that the line serves it too.
 
     Args:
-        model: a network converted with `gain="learned"`.
-        for_gains: optimizer options for the group of the gains. γ is the norm of a weight, so that
-            weight decay on it shrinks the layer, which is usually not meant.
+        model: a network, converted or not.
+        for_gains: options of the group of the gains, by the names that optimizers of `torch.optim`
+            have for them. γ is the norm of a weight, so that weight decay on it shrinks the layer,
+            which is usually not meant.
 
     Returns:
-        The group of all other parameters, without options, and that of the gains, with `for_gains`.
+        The group of all other parameters, without options, and, if there are learned gains, their
+        group, with `for_gains`.
 
     Raises:
-        ValueError: if the model has no learned gain.
+        TypeError: if no optimizer of `torch.optim` has an option of that name, or `model` is no
+            module.
     """
+    check_model(model, "parameter_groups")
+    _check_optimizer_options(for_gains)
     gains = gain_parameters(model)
-    if not gains:
-        raise ValueError(
-            f"{type(model).__name__} has no learned gain; "
-            "convert_model(model, gain='learned') first"
-        )
     gain_ids = {id(gain) for gain in gains}
     others = [parameter for parameter in model.parameters() if id(parameter) not in gain_ids]
-    return [{"params": others}, {"params": gains, **for_gains}]
+    return [{"params": others}, {"params": gains, **for_gains}] if gains else [{"params": others}]
+
+
+def _check_optimizer_options(options: dict[str, Any]) -> None:
+    """Refuse options that no optimizer has, since an optimizer ignores what it does not know.
+
+    Raises:
+        TypeError: with the most similar option, and what to do for other libraries' optimizers.
+    """
+    optimizers = [
+        kind
+        for kind in vars(torch.optim).values()
+        if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer
+    ]
+    choices = {name for kind in optimizers for name in inspect.signature(kind).parameters}
+    choices.discard("params")
+    for name in options:
+        if name not in choices:
+            matches = difflib.get_close_matches(name, choices, n=1)
+            hint = f"; did you mean {matches[0]!r}?" if matches else "."
+            raise TypeError(
+                f"parameter_groups: no optimizer of torch.optim has the option {name!r}{hint} For "
+                "an optimizer of another library, write it into the group of the gains: "
+                f"parameter_groups(model)[-1][{name!r}] = ..."
+            )
 
 
 # The states whose gain no optimizer has been seen to train: for each, the module and the tensor

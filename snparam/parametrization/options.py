@@ -11,48 +11,53 @@ from typing import Any, Literal, TypedDict, TypeVar, cast
 
 from snparam.constraints.constraint import CONSTRAINTS
 from snparam.estimators.estimate import ESTIMATORS
+from snparam.parametrization.arguments import put_into_docstring
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _OPTIONS_DOC = """\
-    num_svs: how many of the largest singular values to track, at least 1. Only the first
-        normalises; the others are for looking at. Default 1: each further one makes the two
-        products of a step wider.
-    num_itrs: power-iteration steps per training forward, at least 1. Default 1, as in Miyato
-        et al. 2018: the weight moves less between two forwards than one step repairs.
-    blocks: how many matrices a weight is read as, each with a σ of its own: a number of equal
-        parts of the rows (a fused q/k/v projection: 3), `"auto"` for the layer's own structure
-        (groups of a convolution, gates of a recurrent layer, 3 for `in_proj_weight`), or None
-        (the default): one matrix, as the classic method reads it. On a tensor of three or more
-        dimensions that belongs to no known layer type, `blocks=weight.shape[0]` reads a stack
-        of experts.
-    init: where `u` starts. `"converged"` (the default): at the singular vectors of the weight,
-        deterministically, so that the first normalised weight has norm 1 and every rank and run
-        agrees. `"random"`: at random orthonormal vectors drawn from torch's global generator,
-        the cold start of the classic layer.
-    eps: floor under the norms that a step divides by, normalize(x) = x / max(‖x‖, eps), at
-        least 0. The classic layer has 1e-12, an absolute number that lets weights with σ below
-        it decay to NaN. Zero norms are caught exactly here, so the default is 0 and weights of
-        every scale are normalised; pass 1e-12 for the classic floor to the letter.
-    update: when the state moves. `"forward"` (the default, the classic method): in every training
-        forward. `"step"`: once after each step of any torch optimizer that trains the weight, for
-        all layers together, and nothing has to be called for it; forwards are then pure, without a
-        matrix product, so that gradient accumulation, D(real) + D(fake) and checkpointing cost
-        nothing more and agree exactly. Until an optimizer has reached the weight, and where others
-        change it, it moves in training forwards.
-    coeff: c, the norm to hold instead of 1: c · W / σ. Default 1.0.
-    soft: whether c is a bound only: W / max(1, σ / c), which leaves weights with σ ≤ c untouched,
-        to the bit (SNGP, Liu et al. 2020). Default False.
-    gain: γ · W / σ, one γ for each matrix, that starts at σ of the weight, so that the module
-        computes what it computed before. `"learned"`: γ is a Parameter (σReparam, Zhai et al.
-        2023), to be given to the optimizer (see `parameter_groups`). `"fixed"`: a buffer. None
-        (the default): no γ; the norm is 1 and the function another. A zero matrix has γ = 1.
-    sigma: how σ is found. `"power"` (the default): the classic iteration. `"rayleigh-ritz"`: each
-        step also turns the `num_svs` vectors that it has found so that the first is the best in
-        their span, for the same two products; with `num_svs=2` and more it follows a weight whose
-        second singular value overtakes the first, which the classic order loses for many steps.
-    constraint: what is done with σ, by the name it is registered under. None (the default): what
-        `coeff`, `soft` and `gain` say."""
+num_svs: how many of the largest singular values to track, at least 1. The weight is divided
+    by the first. With `sigma="power"` the others are tracked only to be looked at; with
+    `sigma="rayleigh-ritz"` they also help to find the first. Default 1: each further one
+    makes the two products of a step wider.
+num_itrs: power-iteration steps per training forward, at least 1. Default 1, as in Miyato et
+    al. 2018: the weight moves less between two forwards than one step repairs.
+blocks: how many matrices a weight is read as, each with a σ of its own: a number of equal
+    parts of the rows (a fused q/k/v projection: 3), `"auto"` for the layer's own structure
+    (groups of a convolution, gates of a recurrent layer, 3 for `in_proj_weight`), or None
+    (the default): one matrix, as the classic method reads it. On a tensor of three or more
+    dimensions that belongs to no known layer type, `blocks=weight.shape[0]` reads a stack
+    of experts.
+init: where `u` starts. `"converged"` (the default): at the singular vectors of the weight,
+    deterministically, so that the first normalised weight has norm 1 and every rank and run
+    agrees. `"random"`: at random orthonormal vectors drawn from torch's global generator,
+    the cold start of the classic layer.
+eps: floor under the norms that a step divides by, normalize(x) = x / max(‖x‖, eps), at
+    least 0. The default is 0, because a norm of zero is handled exactly, so that weights of
+    every scale are normalised. The classic layer has 1e-12, with which weights of σ below
+    that decay to NaN; pass `eps=1e-12` for that floor.
+update: when the state moves. `"forward"` (the default, the classic method): in every
+    training forward. `"step"`: once after each step of any torch optimizer that trains the
+    weight, for all layers together, and nothing has to be called for it. Training forwards
+    then only read the state and take no matrix product, so that gradient accumulation,
+    D(real) + D(fake) and checkpointing cost nothing more and agree exactly. Before the
+    first step of an optimizer, and after a change of the weight that no optimizer made,
+    training forwards move the state as with `"forward"`.
+coeff: c, the norm to hold instead of 1: c · W / σ. Default 1.0.
+soft: whether c is a bound only: W / max(1, σ / c), which leaves weights with σ ≤ c
+    untouched, to the bit (SNGP, Liu et al. 2020). Default False.
+gain: γ · W / σ, one γ for each matrix, that starts at σ of the weight, so that the module
+    computes what it computed before. `"learned"`: γ is a Parameter (σReparam, Zhai et al.
+    2023), to be given to the optimizer (see `parameter_groups`). `"fixed"`: γ is a buffer.
+    None (the default): there is no γ; the norm is 1, and the module computes another
+    function than before. γ of a zero matrix is 1.
+sigma: how σ is found. `"power"` (the default): the classic iteration. `"rayleigh-ritz"`:
+    each step also turns the `num_svs` vectors that it has found so that the first is the
+    best in their span, for the same two products; with `num_svs=2` and more it follows a
+    weight whose second singular value overtakes the first, which the classic order loses
+    for many steps.
+constraint: what is done with σ, by the name under which a constraint is registered. None
+    (the default): what `coeff`, `soft` and `gain` say."""
 
 
 class Options(TypedDict, total=False):
@@ -154,27 +159,21 @@ def settings_from(num_svs: int, num_itrs: int, options: Mapping[str, Any]) -> Se
 
 def documents_options(function: _Function) -> _Function:
     """Put the shared options into a function's docstring, at `{options}`, and its signature."""
-    if function.__doc__:
-        function.__doc__ = function.__doc__.replace("    {options}", _indent(_OPTIONS_DOC))
+    put_into_docstring(function, "options", _OPTIONS_DOC)
     signature = inspect.signature(function)
     keywords = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    hints = Options.__annotations__
     keywords += [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.default,
-            annotation=hints[field.name],
+            annotation=field.type,
         )
         for field in fields(Settings)
         if field.name not in signature.parameters
     ]
     cast(Any, function).__signature__ = signature.replace(parameters=keywords)
     return function
-
-
-def _indent(text: str) -> str:
-    return "\n".join("    " + line if line else line for line in text.splitlines())
 
 
 def _check_name(option: str, value: object, choices: Mapping[str, object]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from snparam.matrices.stacks import is_finite, stack_of
+from snparam.parametrization.arguments import check_model
 from snparam.parametrization.find import normalised_states
 
 
@@ -25,7 +26,9 @@ def refresh(model: nn.Module) -> None:
     Raises:
         ValueError: if the network has no weight under SpectralNorm, or if a weight has NaN or inf;
             no state has been changed then.
+        TypeError: if `model` is no module.
     """
+    check_model(model, "refresh")
     weights = normalised_states(model)
     if not weights:
         raise ValueError(

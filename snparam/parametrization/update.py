@@ -27,6 +27,7 @@ from snparam.estimators.estimate import ESTIMATORS
 from snparam.matrices import torch_private
 from snparam.matrices.sharded import ShardedStack, is_sharded
 from snparam.matrices.stacks import stack_of
+from snparam.parametrization.arguments import check_model
 from snparam.parametrization.find import normalised_states
 from snparam.parametrization.spectral_norm import STEPWISE, SpectralNorm
 
@@ -65,7 +66,9 @@ def update(model: nn.Module) -> None:
 
     Raises:
         ValueError: if the model has no weight registered with `update="step"`.
+        TypeError: if `model` is no module.
     """
+    check_model(model, "update")
     pairs = [
         (weight.norm, weight.original)
         for weight in normalised_states(model)

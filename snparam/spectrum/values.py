@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from snparam.conversion.arguments import check_model
 from snparam.conversion.plan import REFUSE, plan_conversion
+from snparam.parametrization.arguments import check_model
 from snparam.parametrization.find import normalised_weights
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from snparam.conversion.arguments import check_model
 from snparam.conversion.tables import aligned_table
 from snparam.estimators import convergence
 from snparam.matrices.sharded import ShardedStack
 from snparam.matrices.stacks import is_finite, stack_of
+from snparam.parametrization.arguments import check_model
 from snparam.parametrization.attachment import read_as_eval
 from snparam.parametrization.find import normalised_weights, qualified_name
 

@@ -15,6 +15,7 @@ from snparam.conversion.plan import CONVERT, REFUSE, plan_of
 from snparam.conversion.selection import Filter, Selection, Selectors
 from snparam.conversion.weights import Weight, weights_in
 from snparam.estimators import convergence
+from snparam.parametrization.arguments import check_model
 from snparam.parametrization.attachment import read_as_eval
 from snparam.parametrization.find import normalised_weights
 from snparam.parametrization.options import Settings
@@ -56,7 +57,9 @@ def assert_spectral_norm(
         AssertionError: if a σ exceeds the bound, or a weight has NaN or inf, naming each such
             weight with its shape and σ; also if the model has no weight to check.
         ValueError: if a pattern or type matches nothing, or a weight does not split into `blocks`.
+        TypeError: if `model` is no module.
     """
+    check_model(model, "assert_spectral_norm")
     selection = Selection.from_arguments(include, exclude, None, model)
     weights = [
         weight
@@ -108,7 +111,9 @@ def assert_converted(
         AssertionError: if an eligible weight is not, naming each with its layer and shape; also if
             the model has no weight under SpectralNorm at all.
         ValueError: if a pattern or type matches nothing.
+        TypeError: if `model` is no module.
     """
+    check_model(model, "assert_converted")
     selection = Selection.from_arguments(include, exclude, filter_fn, model)
     norms = {id(weight.original): weight.norm for weight in normalised_weights(model)}
     plan = plan_of(list(weights_in(model, Settings(), take_over=True)), selection, norms)

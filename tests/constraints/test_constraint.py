@@ -196,9 +196,24 @@ def test_gains_have_an_optimizer_group_of_their_own() -> None:
     assert all(not torch.equal(a, b) for a, b in zip(before, gains["params"], strict=True))
 
 
-def test_groups_of_a_model_without_gains_are_refused() -> None:
-    with pytest.raises(ValueError, match="gain='learned'"):
-        snparam.parameter_groups(snparam.convert_model(small()))
+@pytest.mark.parametrize("gain", [None, "fixed"])
+def test_without_learned_gains_one_group_has_all_parameters(gain: Any) -> None:
+    model = snparam.convert_model(small(), gain=gain)
+    (group,) = snparam.parameter_groups(model, weight_decay=0.0)
+    assert list(group) == ["params"]  # the option is for gains alone
+    assert list(map(id, group["params"])) == list(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize("gain", [None, "learned"])
+def test_an_option_that_no_optimizer_has_is_refused(gain: Any) -> None:
+    model = snparam.convert_model(small(), gain=gain)
+    with pytest.raises(TypeError, match=r"'weight_decy'; did you mean 'weight_decay'\?.*\[-1\]"):
+        snparam.parameter_groups(model, weight_decy=0.0)
+    with pytest.raises(TypeError, match="'params'"):
+        snparam.parameter_groups(model, params=[])
+    known = {"lr": 0.1, "betas": (0.9, 0.9), "momentum": 0.5, "fused": False}
+    groups = snparam.parameter_groups(model, **known)
+    assert all({**group, **known} == group for group in groups[1:])
 
 
 def test_a_frozen_weight_has_a_frozen_gain() -> None:

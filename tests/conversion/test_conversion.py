@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import sys
@@ -16,6 +17,7 @@ import snparam
 from snparam.conversion import convert as conversion
 from snparam.estimators import convergence
 from snparam.estimators.power import BlockIteration, power_step
+from snparam.testing import assert_converted, assert_spectral_norm
 
 
 class Network(nn.Module):
@@ -671,14 +673,50 @@ def test_plan_and_conversion_take_the_same_options() -> None:
         snparam.remove_sn,
         snparam.verify,
         snparam.singular_values,
+        snparam.refresh,
+        snparam.update,
+        snparam.plain_state_dict,
+        snparam.state_dict_for,
+        snparam.optimizer_state_dict_for,
+        snparam.gain_parameters,
+        snparam.parameter_groups,
+        snparam.weight_in_use,
+        snparam.frozen,
+        snparam.cached,
+        assert_spectral_norm,
+        assert_converted,
     ],
     ids=lambda f: f.__name__,
 )
 def test_what_is_no_module_is_named(function: Any, given: Any, said: str) -> None:
-    with pytest.raises(
-        TypeError, match=rf"(?s){function.__name__}: expected an nn.Module, not {said}"
+    optimizer = torch.optim.SGD([torch.ones(1)])
+    more = {"state_dict_for": ["torch"], "optimizer_state_dict_for": [optimizer, "plain"]}
+    with (
+        pytest.raises(
+            TypeError, match=rf"(?s){function.__name__}: expected an nn.Module, not {said}"
+        ),
+        contextlib.ExitStack() as stack,
     ):
-        function(given)
+        # `frozen` and `cached` raise where they are entered.
+        stack.enter_context(function(given, *more.get(function.__name__, ())))
+
+
+@pytest.mark.parametrize("bake", ["no", "false", 0, None], ids=repr)
+@pytest.mark.parametrize(
+    "function",
+    [snparam.restore_model, snparam.remove_sn, snparam.plain_state_dict],
+    ids=lambda f: f.__name__,
+)
+def test_whether_to_bake_is_true_or_false(function: Any, bake: Any) -> None:
+    layer = snparam.register_sn(nn.Linear(3, 4))
+    with pytest.raises(TypeError, match=f"bake={bake!r}: expected True or False"):
+        function(layer, bake=bake)
+    assert set(snparam.singular_values(layer)) == {"weight"}
+
+
+def test_whether_to_take_over_is_true_or_false() -> None:
+    with pytest.raises(TypeError, match="replace='no': expected True or False"):
+        snparam.convert_model(nn.Linear(3, 4), replace="no")  # type: ignore[arg-type]
 
 
 def test_the_arguments_of_torchs_spectral_norm_are_answered_with_ours() -> None:

@@ -408,6 +408,20 @@ def test_weight_in_use_of_each_tensor_of_a_module() -> None:
     assert torch.equal(found, attention.out_proj.weight)
 
 
+def test_weight_in_use_of_a_weight_inside_has_a_dotted_name() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2)))
+    model.append(model[0])
+    snparam.convert_model(model, exclude="1.1")
+    for name in ("0.weight", "1.0.weight", "2.weight"):
+        module = model.get_submodule(name.removesuffix(".weight"))
+        expected = snparam.weight_in_use(module)
+        assert torch.equal(snparam.weight_in_use(model, name), expected)
+    for name in ("weight", "1.1.weight", "3.weight", "0"):
+        with pytest.raises(ValueError, match=r"pass one of '0\.weight', '1\.0\.weight'$") as caught:
+            snparam.weight_in_use(model, name)
+        assert repr(name) in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["bias", "wieght"])
 def test_weight_in_use_of_what_is_not_normalised_is_refused(name: str) -> None:
     layer = snparam.register_sn(nn.Linear(3, 4))

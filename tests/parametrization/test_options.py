@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 from torch import nn
 
 import snparam
+from snparam.parametrization.arguments import put_into_docstring
+
+SHARED = [snparam.register_sn, snparam.plan_conversion, snparam.convert_model]
 
 
 @pytest.mark.parametrize("call", [snparam.register_sn, snparam.convert_model])
@@ -38,3 +42,30 @@ def test_impossible_options_are_refused_before_anything_changes(
     with pytest.raises(error, match=message):
         call(layer, **options)
     assert type(layer) is nn.Linear
+
+
+@pytest.mark.parametrize("function", SHARED, ids=lambda f: f.__name__)
+def test_help_is_filled_in_and_fits(function: Any) -> None:
+    assert "{" not in function.__doc__
+    assert max(map(len, function.__doc__.splitlines())) <= 100
+    arguments = inspect.cleandoc(function.__doc__).partition("Args:\n")[2].partition("\n\n")[0]
+    first = {line.partition(":")[0] for line in arguments.splitlines() if line[4] != " "}
+    assert {name.strip() for name in first} == set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("function", SHARED, ids=lambda f: f.__name__)
+def test_the_signature_has_plain_annotations(function: Any) -> None:
+    shown = str(inspect.signature(function))
+    assert "int | Literal['auto'] | None" in shown
+    assert "ForwardRef" not in shown
+
+
+@pytest.mark.parametrize("indentation", [4, 0], ids=["as written", "as Python 3.13 strips it"])
+def test_a_placeholder_is_replaced_at_its_own_indentation(indentation: int) -> None:
+    def function() -> None: ...
+
+    outer, inner = " " * indentation, " " * (indentation + 4)
+    function.__doc__ = f"Do it.\n\n{outer}Args:\n{inner}{{options}}\n{outer}"
+    put_into_docstring(function, "options", "one: a\n    b\ntwo: c")
+    expected = f"{inner}one: a\n{inner}    b\n{inner}two: c\n{outer}"
+    assert function.__doc__ == f"Do it.\n\n{outer}Args:\n{expected}"
