@@ -204,7 +204,12 @@ class _WeightLoading:
         return None
 
     def _report(self, misfit: Misfit) -> None:
-        """Report a misfit in torch's words, unless its key is there for torch to report."""
+        """Report a misfit in torch's words, unless its key is there for torch to report.
+
+        What is to be done about it is reported in any case.
+        """
+        if misfit.advice:
+            self.errors.append(misfit.advice)
         key = self.weight.prefix + misfit.key
         if key in self.state_dict:
             return
@@ -292,7 +297,7 @@ class _WeightLoading:
         if state.u is not None and not _has_direction(state.u):
             state = replace(state, u=None, sv=None)
         gain_key = self._state_key("gain")
-        lacks_gain = self.weight.norm.settings.gain is not None and gain_key not in self.state_dict
+        lacks_gain = self.weight.norm.has_gain and gain_key not in self.state_dict
         if all(x is not None and x.shape[1] == k for x in (state.u, state.sv)) and not lacks_gain:
             self._write_state(weight, state.u, state.sv)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from snparam.constraints.constraint import CONSTRAINTS
 from snparam.parametrization.extensions import Spelled
 from snparam.parametrization.find import NormalisedWeight
 
@@ -27,24 +28,26 @@ def ordinary_entries(
 
 
 def check_norm_is_one(weight: NormalisedWeight, spelling: str) -> None:
-    """Refuse a weight that is not divided by one σ, and by that alone.
+    """Refuse a weight that is not divided by one σ, and by that alone, as its constraint says.
 
     Args:
         weight: the weight.
         spelling: name of the spelling, for the error.
 
     Raises:
-        ValueError: if the weight has several blocks or another norm than 1; the error says which.
+        ValueError: if the weight has several blocks or another constraint; the error says which.
     """
     settings, blocks = weight.norm.settings, weight.norm.view.matrices[0]
     target = f"spelling {spelling!r}"
     if blocks > 1:
         raise inexpressible(weight, target, f"it has blocks={blocks} with a σ each, not one")
-    if settings.gain is not None:
-        raise inexpressible(weight, target, f"gain={settings.gain!r} gives it another norm than 1")
-    if settings.soft or settings.coeff != 1:
-        options = f"coeff={settings.coeff:g}, soft={settings.soft}"
-        raise inexpressible(weight, target, f"{options} gives it another norm than 1")
+    constraint = settings.constraint_name
+    if not CONSTRAINTS[constraint].divides_by_sigma(settings):
+        options = (
+            f"constraint={constraint!r}, coeff={settings.coeff:g}, soft={settings.soft}, "
+            f"gain={settings.gain!r}"
+        )
+        raise inexpressible(weight, target, f"{options} make another weight than W / σ")
 
 
 def inexpressible(weight: NormalisedWeight, target: str, reason: str) -> ValueError:

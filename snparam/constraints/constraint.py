@@ -94,6 +94,16 @@ class Constraint:
         """Return the norm (b,) that it promises for blocks of σ (b,); `verify` checks it."""
         raise NotImplementedError
 
+    def divides_by_sigma(self, options: Options) -> bool:
+        """Return whether the weight in use is W / σ, which is all that other implementations know.
+
+        False by default: `state_dict_for` then refuses to write the weight as one of theirs.
+
+        Args:
+            options: options that the weight is registered with.
+        """
+        return False
+
 
 class Division(Constraint):
     """A constraint that divides each block by a function of its σ.

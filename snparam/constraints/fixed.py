@@ -24,5 +24,9 @@ class Fixed(Division):
         """Return c, and 0 for a zero matrix."""
         return torch.where(sigma == 0, 0.0, torch.full_like(sigma, options.coeff))
 
+    def divides_by_sigma(self, options: Options) -> bool:
+        """Return whether c is 1."""
+        return options.coeff == 1
+
 
 register_constraint(Fixed())

@@ -167,7 +167,7 @@ class Weight:
             sv = torch.ones_like(sv)
         norm = SpectralNorm(self.view, self.settings, u, sv, self.label)
         norm.start_parameters(self.tensor)
-        if self.spectral is not None and self.settings.gain is not None:
+        if self.spectral is not None and norm.has_gain:
             # γ starts at σ of the weight that torch's spectral norm gives, so that the layer's
             # function stays the same. That is 1 up to torch's error, if torch's matrix is the
             # view's.

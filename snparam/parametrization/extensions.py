@@ -50,11 +50,13 @@ class Misfit(NamedTuple):
         key: the local key to report it under: its own, or that of snparam's tensor for it.
         value: the tensor, or the object in its place.
         expected: the shape that the tensor would have to have.
+        advice: what to do about it, as a sentence that names the weight; "" for nothing.
     """
 
     key: str
     value: Any
     expected: tuple[int, ...]
+    advice: str = ""
 
 
 @dataclass(frozen=True)

@@ -363,6 +363,11 @@ class SpectralNorm(nn.Module):
         """The tensors that the constraint keeps beside the state (a gain's γ), by name."""
         return {name: getattr(self, name) for name in self._parameter_names}
 
+    @property
+    def has_gain(self) -> bool:
+        """Whether its constraint has a γ, which `constraint="gain"` alone asks for too."""
+        return "gain" in self._parameter_names
+
     # Finding estimates, and storing them
 
     @torch.no_grad()

@@ -72,7 +72,7 @@ def _run_on_ordinary_modules(
     named_weights = list(normalised_weights(model, every_name=True))
     originals = {id(weight.original): weight.original for weight in weights}
     states = {id(weight.original): weight.norm for weight in weights}
-    scales = {id(w.norm): _scale(w) for w in weights if w.norm.settings.gain is not None}
+    scales = {id(w.norm): _scale(w) for w in weights if w.norm.has_gain}
     for weight in weights:
         detach(weight.owner, weight.tensor_name, None)
     try:

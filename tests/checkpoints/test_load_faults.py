@@ -164,6 +164,23 @@ def test_a_state_of_a_wrong_shape_is_an_error_and_leaves_the_weight_alone(spelli
     assert torch.equal(after["1.parametrizations.weight.original"], state["1.weight"])
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(("saved", "here"), [(3, 1), (1, 3), (3, 2)])
+def test_a_state_of_other_blocks_is_an_error_that_names_the_option(saved, here, assign):
+    source, model = (
+        snparam.convert_model(nn.Sequential(nn.Linear(4, 12)), blocks=blocks)
+        for blocks in (saved, here)
+    )
+    with pytest.raises(RuntimeError) as caught:
+        model.load_state_dict(source.state_dict(), assign=assign)
+    assert re.search(
+        rf"SpectralNorm on '0\.weight' \(12, 4\): .* read it in {saved} .* in {here}; .*"
+        rf"\(blocks={saved} for this weight\)",
+        str(caught.value),
+    )
+    assert "size mismatch for 0.parametrizations.weight.0.u" in str(caught.value)
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_weight_of_a_wrong_shape_leaves_its_state_alone_and_loads_the_rest(spelling):
     """torch loads whatever fits, and raises then; a weight and its state go together."""

@@ -113,6 +113,18 @@ def test_an_estimator_of_ones_own_is_exact_in_every_forward(constraint: str) -> 
         assert float(norm_of(layer).sv[0, 0]) == pytest.approx(top, rel=1e-9)
 
 
+@pytest.mark.parametrize("spelling", ["torch", "torch-hook", "biggan"])
+def test_other_implementations_do_not_know_a_constraint_of_ones_own(
+    spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = snparam.convert_model(network(), constraint="clipped")
+    with pytest.raises(ValueError, match=f"'{spelling}': constraint='clipped'"):
+        snparam.state_dict_for(model, spelling)
+    # One that says it divides by σ, and does nothing else, is taken at its word.
+    monkeypatch.setattr(Clipped, "divides_by_sigma", lambda self, options: True)
+    assert snparam.state_dict_for(model, spelling)
+
+
 def test_a_taken_name_is_refused_and_an_unknown_one_lists_what_there_is() -> None:
     with pytest.raises(ValueError, match="clipped"):
         register_constraint(Clipped())

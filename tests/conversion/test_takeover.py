@@ -177,6 +177,7 @@ def test_the_deprecated_weight_norm_is_skipped_with_its_reason():
         (nn.Linear(4, 6), {}),
         (nn.Linear(4, 6), {"blocks": 3}),
         (nn.Linear(4, 6), {"update": "step", "num_svs": 2}),
+        (nn.Linear(4, 6), {"constraint": "gain", "gain": None}),
         (nn.ConvTranspose1d(4, 6, 3, groups=2), {}),
         (nn.Linear(4, 6, dtype=torch.bfloat16), {}),
     ],
@@ -187,7 +188,7 @@ def test_a_gain_keeps_the_function_that_was_normalised(kind, forwards, layer, op
     model = trained(foreign(layer, kind), forwards)
     inputs = inputs_of(layer)
     before = model.eval()(inputs)
-    snparam.convert_model(model, gain="learned", progress=False, **options)
+    snparam.convert_model(model, **{"gain": "learned", "progress": False, **options})
     close = 2e-2 if layer.weight.dtype == torch.bfloat16 else 1e-5
     # Of the largest output: before torch's σ has converged, weights and outputs are of any size.
     size = float(before.detach().abs().max())

@@ -131,9 +131,9 @@ def test_what_shares_a_parameter_shares_one_state_and_trains(build):
 
 @MODELS
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("gain", ["learned", "fixed"])
+@pytest.mark.parametrize("gain", ["learned", "fixed", None])
 def test_with_a_gain_the_tokens_that_there_were_keep_their_vectors(build, tied, gain):
-    model = snparam.convert_model(build(tied), gain=gain)
+    model = snparam.convert_model(build(tied), gain=gain, constraint="gain")
     embedding = model.get_input_embeddings()
     gains = {name: norm.gain for name, norm, _ in snparam_weights(model)}
     before, vectors = logits(model), embedding.weight.detach().clone()

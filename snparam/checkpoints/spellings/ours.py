@@ -32,11 +32,13 @@ class Ours(Spelling):
         if u is None and sv is None:
             return None
         blocks, rows, _ = weight.norm.view.matrices
-        misfits = []
+        misfits: list[Misfit] = []
+        advice = _advice(weight, u, sv)
         for name, value, shape in (("u", u, (blocks, None, rows)), ("sv", sv, (blocks, None))):
             if value is not None and not has_shape(value, shape):
                 expected = tuple(getattr(weight.norm, name).shape)
-                misfits.append(Misfit(prefix + name, value, expected))
+                misfits.append(Misfit(prefix + name, value, expected, advice))
+                advice = ""  # given once
         return State(u, sv, misfits=tuple(misfits))
 
     def write(self, weight: NormalisedWeight) -> Spelled:
@@ -44,6 +46,20 @@ class Ours(Spelling):
         state = weight.norm.state_dict()
         inner = {f"0.{name}": tensor for name, tensor in state.items()}
         return Spelled(inner={"original": weight.original.detach(), **inner})
+
+
+def _advice(weight: NormalisedWeight, u: Any, sv: Any) -> str:
+    """Return what to do about a state that is whole, but of another number of blocks; else ""."""
+    blocks, rows, _ = weight.norm.view.matrices
+    if not (has_shape(u, (None, None, None)) and has_shape(sv, u.shape[:2])):
+        return ""
+    if len(u) == blocks or len(u) * u.shape[2] != blocks * rows:
+        return ""
+    return (
+        f"SpectralNorm on {weight}: the network that was saved read it in {len(u)} block(s), and "
+        f"this one reads it in {blocks}; convert this one with the same option blocks= "
+        f"(blocks={len(u)} for this weight)."
+    )
 
 
 register_spelling(Ours())
