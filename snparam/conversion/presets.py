@@ -6,7 +6,7 @@ A preset selects weights and sets no option; docs/presets.md has the source of e
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,14 +106,29 @@ def _modules_returned_by(model: nn.Module, method: str) -> list[nn.Module]:
     return [module for module in results if isinstance(module, nn.Module)]
 
 
-def _leave_known_head(model: nn.Module) -> PathPredicate:
+def _leave_known_head(
+    model: nn.Module, preset: str = "keep-head", others: Sequence[type[nn.Module]] = ()
+) -> PathPredicate:
+    """Return `_leave_head` of a model that has one.
+
+    Args:
+        model: the model.
+        preset: name of the preset, for the error.
+        others: types that the preset leaves alone beside the head, for the error.
+
+    Raises:
+        ValueError: if no head is recognised, with the children of the model and what to do.
+    """
     is_head = _leave_head(model)
     modules = dict(model.named_modules())
     if not any(is_head(_path_of(modules, name)) for name in modules if name):
         children = ", ".join(name for name, _ in model.named_children())
+        kinds = [kind for kind in others if any(isinstance(m, kind) for m in modules.values())]
+        types = "".join(f"torch.nn.{kind.__name__}, " for kind in kinds)
         raise ValueError(
-            f"preset='keep-head': no head was recognised in {type(model).__name__}, whose parts "
-            f"are {children or 'none'}; name it with exclude="
+            f"preset={preset!r}: no head was recognised in {type(model).__name__}, whose parts "
+            f"are {children or 'none'}; in place of the preset, pass exclude=[{types}'NAME'] with "
+            "the name of the last layer"
         )
     return is_head
 
@@ -125,7 +140,7 @@ def _path_of(modules: dict[str, nn.Module], name: str) -> Path:
 
 
 def _leave_head_and_embeddings(model: nn.Module) -> PathPredicate:
-    is_head = _leave_head(model)
+    is_head = _leave_known_head(model, "sngp", (nn.Embedding, nn.EmbeddingBag))
     return lambda path: _is_embedding(path) or is_head(path)
 
 

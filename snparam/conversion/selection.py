@@ -61,7 +61,7 @@ class Selection:
             TypeError: for a selector that is neither a string nor a module type, a `filter_fn` that
                 cannot be called, or a preset that is no string.
             ValueError: for a selector that matches nothing in the model, an unknown preset, or
-                `preset="keep-head"` where no head is recognised.
+                `preset="keep-head"` or `"sngp"` where no head is recognised.
         """
         selection = cls(
             None if include is None else _as_tuple("include", include),

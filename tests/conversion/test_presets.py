@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import snparam
@@ -102,12 +103,19 @@ def test_a_head_that_the_model_tells_is_left_alone_under_any_name() -> None:
     assert set(left(Told(), preset="keep-head")) == {"tail.weight"}
 
 
-def test_no_head_is_an_error_that_names_the_parts() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    with pytest.raises(ValueError, match=r"no head was recognised in Sequential.*0, 1.*exclude="):
-        snparam.convert_model(model, preset="keep-head")
-    assert type(model[0]) is nn.Linear
-    assert not left(model, preset="sngp")  # a feature extractor alone has none
+@pytest.mark.parametrize("preset", ["keep-head", "sngp"])
+def test_no_head_is_an_error_that_names_the_parts_and_what_does_the_same(preset: str) -> None:
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    with pytest.raises(
+        ValueError, match=rf"preset='{preset}': no head was recognised in Sequential.*0, 1, 2;"
+    ) as caught:
+        snparam.convert_model(model, preset=preset)
+    assert type(model[1]) is nn.Linear
+    (advice,) = re.findall(r"exclude=(\[.*\])", str(caught.value))
+    exclude = eval(advice.replace("NAME", "2"), {"torch": torch})
+    assert set(left(model, exclude=exclude)) == (
+        {"2.weight"} if preset == "keep-head" else {"0.weight", "2.weight"}
+    )
 
 
 def test_an_unknown_preset_is_an_error_that_names_the_known() -> None:
