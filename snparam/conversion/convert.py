@@ -128,7 +128,7 @@ def _nothing_converted(model: nn.Module, plan: ConversionPlan) -> str:
                 "; if a wrapper has flattened or partitioned them, convert first, then wrap"
             )
     message = f"convert_model converted nothing in {type(model).__name__} ({explanation})"
-    return f"{message}; {_registration_advice(plan)}" if plan.unknown else message
+    return f"{message}; {_registration_advice(plan)}" if plan.registrations else message
 
 
 def _mostly_unknown(model: nn.Module, plan: ConversionPlan) -> str:
@@ -141,6 +141,8 @@ def _mostly_unknown(model: nn.Module, plan: ConversionPlan) -> str:
 
 def _registration_advice(plan: ConversionPlan) -> str:
     calls = plan.registrations
+    if not calls:
+        return "leave them out by exclude=, or add each one by register_sn(module, name=...)"
     shown = "\n  ".join(calls[:5]) + ("\n  ..." if len(calls) > 5 else "")
     return (
         "before the conversion, add the types that multiply by their weights (with 'columns' where "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +24,13 @@ from snparam.parametrization.options import Options, Settings, documents_options
 from snparam.parametrization.spectral_norm import SpectralNorm
 
 CONVERT, SKIP, REFUSE = "convert", "skip", "refuse"
+
+# Names of tensors that are added, or put beside others, and not multiplied: position embeddings and
+# tokens (`pos_embed`, `relative_position_bias_table`, `cls_token`), as the code of papers, timm,
+# torchvision and transformers calls them.
+_ADDED = re.compile(
+    r"(\w+_)?((pos|positions?|positional)(_?(emb|enc|bias)\w*|_[hw])?|tokens?)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,12 @@ class ConversionPlan(list[PlanRow]):
 
     @property
     def unknown(self) -> list[PlanRow]:
-        """The rows that are skipped because the layer table does not know the layers' types."""
-        return [row for row in self if row.is_unknown]
+        """The rows that are skipped because the layer table does not know the layers' types.
+
+        Those of position embeddings and tokens, by their names, are not among them: they are added
+        and not multiplied.
+        """
+        return [row for row in self if row.is_unknown and not _ADDED.fullmatch(row.tensor)]
 
     @property
     def unknown_share(self) -> float:
@@ -102,12 +114,19 @@ class ConversionPlan(list[PlanRow]):
     def registrations(self) -> list[str]:
         """The calls that would add the types of the `unknown` rows to the layer table.
 
-        They say that dimension 0 counts the rows.
+        They say that dimension 0 counts the rows. The entries of a ParameterList or ParameterDict
+        are named in the row of the module around it, and no call is for a type of torch itself,
+        because it would hold for all networks.
         """
         types: dict[str, dict[str, None]] = {}
         for row in self.unknown:
-            kind = parametrize.type_before_parametrizations(row.record.owner)
-            types.setdefault(qualified_class_name(kind), {})[row.tensor] = None
+            path, name = row.record.path, row.tensor
+            if isinstance(path[-1][1], nn.ParameterList | nn.ParameterDict) and len(path) > 1:
+                name = path[-1][0].rpartition(".")[2] + ".*"
+                path = path[:-1]
+            kind = qualified_class_name(parametrize.type_before_parametrizations(path[-1][1]))
+            if not kind.startswith("torch.nn."):
+                types.setdefault(kind, {})[name] = None
         return [
             f'snparam.register_layer_type("{kind}", {{'
             + ", ".join(f'"{name}": "rows"' for name in names)
@@ -116,29 +135,38 @@ class ConversionPlan(list[PlanRow]):
         ]
 
     def __str__(self) -> str:
-        """Return an aligned table, and below it the share of the parameters that is normalised."""
+        """Return an aligned table, and below it the share of the parameters that is normalised.
+
+        If a weight is refused, the last line says that `convert_model` would raise, instead. Of a
+        weight that is read as several blocks, σ is the largest.
+        """
         hint = ""
         if calls := self.registrations:
             hint = 'to add a type ("columns" where its weight is stored input-first):\n'
             hint += "".join(f"  {call}\n" for call in calls)
-        header = ["weight", "layer", "shape", "matrices", "σ now", "decision", "reason"]
+        blocks = any(row.sigma is not None and row.matrices and row.matrices[0] > 1 for row in self)
+        sigma = "largest σ now" if blocks else "σ now"
+        header = ["weight", "layer", "shape", "matrices", sigma, "decision", "reason"]
         rows = [
             [
                 row.weight,
                 row.layer_type,
                 " x ".join(map(str, row.shape)),
                 "" if row.matrices is None else " x ".join(map(str, row.matrices)),
-                "" if row.sigma is None else f"{row.sigma:.4g}",
+                "" if row.sigma is None else f"{row.sigma:.6g}",
                 row.decision,
                 row.reason,
             ]
             for row in self
         ]
+        table = f"{aligned_table(header, rows)}\n{hint}"
+        if refused := sum(row.decision == REFUSE for row in self):
+            weights = "1 weight is" if refused == 1 else f"{refused} weights are"
+            return f"{table}convert_model would raise: {weights} refused"
         total = sum(_entry_counts(self).values())
         return (
-            f"{aligned_table(header, rows)}\n{hint}"
-            f"{len(self.to_convert)} of {len(self)} weights to convert; then {self.share:.1%} of "
-            f"the {total:,} parameters of two or more dimensions are normalised"
+            f"{table}{len(self.to_convert)} of {len(self)} weights to convert; then "
+            f"{self.share:.1%} of the {total:,} parameters of two or more dimensions are normalised"
         )
 
     __repr__ = __str__
@@ -167,9 +195,11 @@ def plan_conversion(
     """Return what `convert_model` would do with the same arguments, and change nothing.
 
     Every parameter of two or more dimensions is in the plan, to be converted, or with the reason
-    why not. Where a weight has fewer than `num_svs` singular values, all of them are tracked: the
-    number is given for layers of all sizes. (`register_sn`, where it is given for one layer,
-    raises.)
+    why not. Where `convert_model` would raise an error because of a weight, the weight is in the
+    plan with the decision `"refuse"` and that error.
+
+    Where a weight has fewer than `num_svs` singular values, all of them are tracked: the number is
+    given for layers of all sizes. (`register_sn`, where it is given for one layer, raises.)
 
     Args:
         model: the network.
@@ -181,8 +211,7 @@ def plan_conversion(
 
     Raises:
         ValueError: if a pattern or type matches nothing, a preset is unknown or recognises no head
-            to leave alone, an option is out of range, or a selected weight is normalised already
-            with other options.
+            to leave alone, or an option is out of range.
         TypeError: for an unknown option, a selector or option of a wrong type, or a `model` that is
             no module.
         ImportError: if `progress=True` and tqdm is not installed.
@@ -193,8 +222,8 @@ def plan_conversion(
     selection = Selection.from_arguments(include, exclude, filter_fn, model, preset)
     weights = list(weights_in(model, settings, take_over=replace))
     norms = {id(weight.original): weight.norm for weight in normalised_weights(model)}
-    _check_options(weights, selection, norms)
-    return plan_of(weights, selection, norms, progress)
+    plan = plan_of(weights, selection, norms, progress)
+    return _with_other_options_refused(plan, selection, norms)
 
 
 def plan_of(
@@ -225,33 +254,37 @@ def plan_of(
 # Options of an earlier conversion
 
 
-def _check_options(
-    weights: Sequence[Weight], selection: Selection, norms: Mapping[int, SpectralNorm]
-) -> None:
-    """Refuse options that differ from those of a selected weight that is normalised already.
+def _with_other_options_refused(
+    plan: ConversionPlan, selection: Selection, norms: Mapping[int, SpectralNorm]
+) -> ConversionPlan:
+    """Return a plan with a refusal for each weight that `_other_options` has an error for."""
+    faults = [(row, _other_options(row.record, selection, norms)) for row in plan]
+    return ConversionPlan(
+        row if fault is None else replace(row, decision=REFUSE, reason=fault)
+        for row, fault in faults
+    )
 
-    Raises:
-        ValueError: naming the weights, the options, and both values of each.
+
+def _other_options(
+    weight: Weight, selection: Selection, norms: Mapping[int, SpectralNorm]
+) -> str | None:
+    """Return the error for a selected weight that is normalised already with other options.
+
+    The error has both values of each of them; None is returned where there is nothing to refuse.
     """
-    faults = []
-    for weight in weights:
-        norm = norms.get(weight.key)
-        if norm is None or weight.layout is None or _reason_against(weight, selection) is not None:
-            continue
-        differing = ", ".join(
-            f"{option}={registered!r} (asked for: {option}={requested!r})"
-            for option, registered, requested in _differences(weight, norm)
-        )
-        if differing:
-            faults.append(
-                f"SpectralNorm on {weight.label} {weight.shape}: registered with {differing}"
-            )
-    if faults:
-        raise ValueError(
-            "\n".join(faults) + "\nA conversion does not change the options of weights that are "
-            "normalised already; call restore_model(model) first to convert anew, or leave them "
-            "out, by exclude=."
-        )
+    norm = norms.get(weight.key)
+    if norm is None or weight.layout is None or _reason_against(weight, selection) is not None:
+        return None
+    differing = ", ".join(
+        f"{option}={registered!r} (asked for: {option}={requested!r})"
+        for option, registered, requested in _differences(weight, norm)
+    )
+    if not differing:
+        return None
+    return (
+        f"SpectralNorm on {weight.label} {weight.shape}: registered with {differing}; a conversion "
+        "changes no options: call restore_model(model) first, or leave it out by exclude=."
+    )
 
 
 def _differences(weight: Weight, norm: SpectralNorm) -> Iterator[tuple[str, Any, Any]]:
@@ -291,7 +324,7 @@ def _decide(
         matrices=None if weight.view is None else weight.view.matrices,
         sigma=None,
         decision=SKIP,
-        reason="" if weight.problem is None else weight.problem.reason,
+        reason="" if weight.problem is None else weight.problem.plan_reason,
         record=weight,
         shares=norm,
     )

@@ -255,6 +255,8 @@ def weights_in(model: nn.Module, settings: Settings, take_over: bool = False) ->
         for tensor_name, tensor in _named_originals(module):
             if not is_lazy(tensor) and tensor.ndim < 2:
                 continue
+            if is_lazy(tensor) and tensor_name not in layouts and _is_listed(module):
+                continue  # such as a bias, which will have one dimension
             note = note_on(path, tensor_name)
             layout, weight_obstacle = layouts.get(tensor_name, (None, None))
             layout = note if isinstance(note, Layout) else layout
@@ -273,6 +275,12 @@ def weights_in(model: nn.Module, settings: Settings, take_over: bool = False) ->
                     obstacle=weight_obstacle,
                     take_over=take_over,
                 )
+
+
+def _is_listed(module: nn.Module) -> bool:
+    """Return whether the layer table knows all weights of a module, as it does of torch's own."""
+    kind = parametrize.type_before_parametrizations(module)
+    return layer_type(module) is not None or kind.__module__.startswith("torch.nn.")
 
 
 def _unlisted_weight(
@@ -303,7 +311,11 @@ def _registration_problem(
             TypeError,
         )
     if is_lazy(tensor):
-        return Problem("it is uninitialised (a lazy module)", "run one forward first")
+        return Problem(
+            "it is uninitialised (a lazy module)",
+            "run one forward first, on an input of the right shape",
+            is_early=True,
+        )
     problem = wrapper_problem((module for _, module in path), tensor, settings)
     if problem is not None:
         return problem

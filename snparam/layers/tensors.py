@@ -35,6 +35,8 @@ class Problem:
             made in the wrong order, and a network with this weight left out is not what was meant.
         unknown_type: whether the reason is that the layer table does not know the module's type,
             which a user can add.
+        is_early: whether the tensor only has no shape or no values yet, so that the row of the plan
+            has the remedy too.
     """
 
     reason: str
@@ -42,6 +44,12 @@ class Problem:
     error: type[Exception] = ValueError
     refuses: bool = False
     unknown_type: bool = False
+    is_early: bool = False
+
+    @property
+    def plan_reason(self) -> str:
+        """What the row of a plan says."""
+        return f"{self.reason}; {self.remedy}" if self.is_early else self.reason
 
 
 def is_lazy(tensor: Tensor) -> bool:
@@ -66,7 +74,11 @@ def tensor_problem(tensor: Tensor) -> Problem | None:
     if tensor.numel() == 0:
         return Problem("it has no entries", "leave this layer out")
     if tensor.is_meta:
-        return Problem("it is on the meta device, without values", "load its values first")
+        return Problem(
+            "it is on the meta device, without values",
+            "materialise it by model.to_empty(device=...) and load its values first",
+            is_early=True,
+        )
     return None
 
 

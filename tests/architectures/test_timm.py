@@ -354,18 +354,10 @@ def test_every_family_is_here() -> None:
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LSTM)
 
 
-# Of networks as small as these here, those whose table of positions, which is no weight, is most.
-MOSTLY_POSITIONS = {"qwen3_vit"}
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_contract(family: str) -> None:
     architecture = FAMILIES[family].architecture(family)
-    if family in MOSTLY_POSITIONS:
-        with pytest.warns(UserWarning, match=r"convert_model left .* alone.*\n.*pos_embed"):
-            check(architecture)
-    else:
-        check(architecture)
+    check(architecture)
     for row in snparam.plan_conversion(architecture.make(0), progress=False):
         is_layers = isinstance(row.record.owner, LAYERS) and row.tensor.startswith("weight")
         if is_layers and row.decision != "convert":

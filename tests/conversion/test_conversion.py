@@ -17,6 +17,8 @@ import snparam
 from snparam.conversion import convert as conversion
 from snparam.estimators import convergence
 from snparam.estimators.power import BlockIteration, power_step
+from snparam.layers import register, table
+from snparam.layers.table import UserRows
 from snparam.testing import assert_converted, assert_spectral_norm
 
 
@@ -145,9 +147,8 @@ def test_converting_again_changes_nothing_and_says_nothing() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("function", [snparam.convert_model, snparam.plan_conversion])
 def test_other_options_than_those_of_the_first_conversion_are_refused(
-    function: Any, options: dict[str, Any]
+    options: dict[str, Any],
 ) -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 9), nn.Linear(6, 3))
     snparam.register_sn(model[0])
@@ -155,15 +156,22 @@ def test_other_options_than_those_of_the_first_conversion_are_refused(
     registered = {"num_svs": 1, "num_itrs": 1, "init": "'converged'", "update": "'forward'"}
     was = registered.get(option, {"eps": 0.0, "coeff": 1.0, "soft": False}.get(option))
     before = snapshot(model)
+    plan = snparam.plan_conversion(model, **options)
+    assert [row.decision for row in plan] == ["refuse", "convert", "convert"]
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - all of the message is looked at below
-        function(model, **options)
+        snparam.convert_model(model, **options)
     message = str(caught.value)
+    assert message == plan[0].reason
     assert message.startswith(f"SpectralNorm on '0.weight' (6, 6): registered with {option}={was}")
     assert f"asked for: {option}={asked!r}" in message
     assert "restore_model(model)" in message
     assert "exclude=" in message
     assert_same(snapshot(model), before)
-    function(model, exclude="0", **options)
+    assert {row.decision for row in snparam.plan_conversion(model, exclude="0", **options)} == {
+        "skip",
+        "convert",
+    }
+    snparam.convert_model(model, exclude="0", **options)
 
 
 def test_options_that_come_to_the_same_are_no_others() -> None:
@@ -281,6 +289,33 @@ def test_the_plan_has_every_parameter_of_two_or_more_dimensions() -> None:
     assert f"{normalised / total:.1%}" in str(plan).splitlines()[-1]
 
 
+@pytest.mark.parametrize(("bad", "said"), [(1, "1 weight is refused"), (2, "2 weights are")])
+def test_a_plan_with_refused_weights_says_that_the_conversion_would_raise(
+    bad: int, said: str
+) -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+    for layer in model[:bad]:
+        nn.init.constant_(layer.weight, torch.nan)
+    last = str(snparam.plan_conversion(model)).splitlines()[-1]
+    assert last.startswith(f"convert_model would raise: {said}")
+    with pytest.raises(ValueError, match="NaN"):
+        snparam.convert_model(model)
+
+
+def test_a_plan_shows_every_sigma_in_one_format_and_says_which_it_is() -> None:
+    model = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 3)])
+    for layer, value in zip(model, (0.0123456789, 12345.6789, 2.0), strict=True):
+        nn.init.constant_(layer.weight, value)
+    lines = str(snparam.plan_conversion(model)).splitlines()
+    assert "  σ now  " in lines[0]
+    assert "  0.0123457  " in lines[2]
+    assert "  12345.7  " in lines[3]
+    model[2].weight.data[1] = 7.0  # three blocks, of σ 2, 7 and 2
+    lines = str(snparam.plan_conversion(model[2], blocks=3)).splitlines()
+    assert "  largest σ now  " in lines[0]
+    assert "  7  " in lines[2]
+
+
 def test_a_plan_changes_nothing_and_gives_exact_singular_values() -> None:
     model = Network()
     before = snapshot(model)
@@ -298,7 +333,7 @@ def test_a_plan_changes_nothing_and_gives_exact_singular_values() -> None:
 
 def test_a_plan_prints_as_an_aligned_table() -> None:
     plan = snparam.plan_conversion(Network())
-    header, rule, *rows, _, _, last = str(plan).splitlines()
+    header, rule, *rows, last = str(plan).splitlines()
     assert len(rows) == len(plan)
     starts = [i for i, c in enumerate(rule) if c == "-" and (i == 0 or rule[i - 1] == " ")]
     assert header.split("  ")[0] == "weight"
@@ -331,8 +366,8 @@ def test_a_layer_with_fewer_singular_values_tracks_what_it_has_and_says_so() -> 
 
 
 SKIPPED: dict[str, tuple[Any, str]] = {
-    "lazy": (lambda: nn.LazyLinear(3), "lazy"),
-    "meta": (lambda: nn.Linear(3, 3, device="meta"), "meta device"),
+    "lazy": (lambda: nn.LazyLinear(3), "lazy module); run one forward"),
+    "meta": (lambda: nn.Linear(3, 3, device="meta"), "meta device, without values; materialise"),
     "empty": (lambda: nn.Linear(3, 0), "no entries"),
     "quantised": (lambda: torch.ao.nn.quantized.Linear(3, 3), "quantised"),
     "max_norm": (lambda: nn.Embedding(3, 3, max_norm=1.0), "max_norm"),
@@ -439,6 +474,57 @@ def test_unknown_layers_that_are_left_out_on_purpose_do_not_warn(options: dict[s
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         snparam.convert_model(model, **options)
+
+
+def test_a_lazy_tensor_that_will_be_a_vector_has_no_row() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.LazyLinear(3))
+    assert [row.weight for row in snparam.plan_conversion(model)] == ["0.weight", "3.weight"]
+    model(torch.randn(2, 3, 5, 5))
+    weights = [row.weight for row in snparam.plan_conversion(model).to_convert]
+    assert weights == ["0.weight", "3.weight"]
+
+
+class Mixture(nn.Module):
+    """Multiplies by the entries of lists, and adds positions and tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = nn.ParameterList([torch.randn(3, 3), torch.randn(4, 3)])
+        self.named = nn.ParameterDict({"a": torch.randn(3, 3)})
+        self.pos_embed = nn.Parameter(torch.randn(9, 3))
+        self.relative_position_bias_table = nn.Parameter(torch.randn(9, 3))
+        self.mask_tokens = nn.Parameter(torch.randn(2, 3))
+        self.token_mixer = nn.Parameter(torch.randn(3, 3))
+        self.norm = nn.LayerNorm((3, 3))
+
+
+def test_the_advice_is_for_matrices_and_for_the_types_of_this_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(table, "USER_ROWS", UserRows())
+    monkeypatch.setattr(register, "USER_ROWS", table.USER_ROWS)
+    model = nn.Sequential(Mixture(), nn.ParameterList([torch.randn(3, 3)]), nn.Linear(2, 2))
+    plan = snparam.plan_conversion(model)
+    (call,) = plan.registrations
+    assert call == (
+        f'snparam.register_layer_type("{__name__}.Mixture", '
+        '{"token_mixer": "rows", "kernels.*": "rows", "named.*": "rows"})'
+    )
+    exec(call)
+    assert [row.weight for row in snparam.plan_conversion(model).to_convert] == [
+        "0.token_mixer",
+        "0.kernels.0",
+        "0.kernels.1",
+        "0.named.a",
+        "2.weight",
+    ]
+
+
+def test_where_no_call_would_help_the_warning_says_what_does() -> None:
+    model = nn.Sequential(nn.ParameterList([torch.randn(9, 9)]), nn.Linear(2, 2))
+    with pytest.warns(UserWarning, match=r"left 95\.3% .* exclude=, or .* register_sn") as warned:
+        snparam.convert_model(model)
+    assert "register_layer_type" not in str(warned[0].message)
 
 
 def test_a_predicate_is_not_asked_about_unknown_layers() -> None:
