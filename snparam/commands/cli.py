@@ -23,13 +23,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process where not given.
 
     Returns:
-        0 if the demo ran and its checks passed, 1 if one of them failed, 2 if it could not run (an
-        extra is missing, or the output directory cannot be written).
+        0 if the demo ran and its checks passed, or if there was no command, and the help was
+        printed; 1 if a check failed; 2 if the demo could not run (an extra is missing, or the
+        output directory cannot be written).
 
     Raises:
         SystemExit: with status 2 for wrong arguments, 0 after ``--help`` and ``--version``.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
     try:
         return _demo(arguments)
     except (ImportError, OSError) as error:
@@ -43,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Spectral normalisation of any PyTorch network, as a parametrization.",
     )
     parser.add_argument("--version", action="version", version=f"snparam {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
 
     command = commands.add_parser(
         "demo",

@@ -623,6 +623,11 @@ class SpectralNorm(nn.Module):
         """Return the σ₁ (b,) that a forward in eval mode divides by; nothing is stored."""
         return self._unstored_estimate(weight).sigma.reshape(-1).to(self.sv.dtype)
 
+    @torch.no_grad()
+    def estimated_norm(self, weight: Tensor) -> Tensor:
+        """Return the σ₁ (b,) that eval mode estimates: of a zero matrix 0, and NaN as it is."""
+        return self._unstored_estimate(weight).sv[:, 0].to(self.sv.dtype)
+
     def promised_norm(self, sigma: Tensor) -> Tensor:
         """Return the norm (b,) that the constraint promises the weight in use, given its σ (b,)."""
         parameters = {

@@ -25,7 +25,9 @@ class VerificationRow:
         tensor: name of the tensor in the module; the property `weight` joins both names.
         shape: shape of the weight.
         matrices: shape (b, m, n) of the stack that the weight is read as.
-        estimate: σ̂ of the original, as eval mode estimates it.
+        block: which of the b blocks the numbers are of, counted from 0.
+        estimate: σ̂ of the original, as eval mode estimates it; 0 for a zero matrix, and not finite
+            for one with NaN or inf, both of which are left undivided.
         exact: σ of the weight that eval mode uses, in float64.
         intended: the norm that the constraint promises for the weight in use: 1, c, min(σ, c) or
             |γ|; 0 for a zero matrix, which stays zero.
@@ -36,6 +38,7 @@ class VerificationRow:
     tensor: str
     shape: tuple[int, ...]
     matrices: tuple[int, int, int]
+    block: int
     estimate: float
     exact: float
     intended: float
@@ -56,21 +59,25 @@ class Verification(list[VerificationRow]):
         return max(row.drift for row in self)
 
     def __str__(self) -> str:
-        """Return an aligned table."""
+        """Return an aligned table, which says of several blocks the one with the largest drift."""
+        header = ["weight", "shape", "estimated σ", "σ in use", "intended", "drift"]
         rows = [
             [
                 row.weight,
                 " x ".join(map(str, row.shape)),
                 f"{row.estimate:.6g}",
-                f"{row.exact:.6f}",
-                f"{row.intended:g}",
+                f"{row.exact:.6g}",
+                f"{row.intended:.6g}",
                 f"{row.drift:.1e}",
             ]
             for row in self
         ]
-        return aligned_table(
-            ["weight", "shape", "estimated σ", "σ in use", "intended", "drift"], rows
-        )
+        if any(row.matrices[0] > 1 for row in self):
+            header.insert(2, "worst block")
+            for cells, row in zip(rows, self, strict=True):
+                blocks = row.matrices[0]
+                cells.insert(2, f"{row.block} of 0 to {blocks - 1}" if blocks > 1 else "")
+        return aligned_table(header, rows)
 
     __repr__ = __str__
 
@@ -105,7 +112,7 @@ def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
         original = stack_of(weight.original, norm.view, torch.float64)
         exact = _sigma_or_nan(in_use)
         intended = norm.promised_norm(_sigma_or_nan(original))
-        estimate = norm.sigma_of(weight.original)
+        estimate = norm.estimated_norm(weight.original)
         drift = torch.where(exact == intended, 0.0, (exact / intended - 1).abs())
         drift = torch.where(drift.isnan(), torch.inf, drift)
         block = int(drift.argmax())
@@ -115,6 +122,7 @@ def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
                 tensor=weight.tensor_name,
                 shape=norm.view.shape,
                 matrices=norm.view.matrices,
+                block=block,
                 estimate=float(estimate[block]),
                 exact=float(exact[block]),
                 intended=float(intended[block]),

@@ -1,6 +1,7 @@
 """The shell passes on what it was asked, and its exit status says what happened."""
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,8 +68,15 @@ def test_what_cannot_run_is_one_line_on_stderr(monkeypatch, capsys, error):
     assert captured.out == ""
 
 
+def test_without_a_command_the_help_has_the_commands(capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "usage: python -m snparam" in printed
+    assert re.search(r"^ +demo +convert, train", printed, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
-    "arguments", [[], ["train"], ["demo", "--epochs", "0"], ["demo", "--epochs", "many"]]
+    "arguments", [["train"], ["demo", "--epochs", "0"], ["demo", "--epochs", "many"]]
 )
 def test_wrong_arguments_show_the_usage(capsys, arguments):
     with pytest.raises(SystemExit) as exit_:

@@ -693,6 +693,34 @@ def test_verify_without_converted_weights_is_an_error() -> None:
         snparam.verify(Network())
 
 
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_verify_shows_what_was_estimated_for_a_weight_that_is_not_divided(
+    value: float, blocks: int
+) -> None:
+    layer = snparam.register_sn(nn.Linear(3, 4), blocks=blocks)
+    layer.parametrizations.weight.original.data.fill_(value)
+    (row,) = snparam.verify(layer)
+    assert row.estimate == pytest.approx(value, abs=0, nan_ok=True)
+    assert f"  {value:.6g}  " in str(snparam.verify(layer))
+
+
+def test_verify_shows_the_block_with_the_largest_drift_and_says_which() -> None:
+    layer = snparam.register_sn(nn.Linear(3, 6), blocks=3)
+    original = layer.parametrizations.weight.original.data
+    original[2:4] = 5 * torch.randn(2, 3)
+    (row,) = verification = snparam.verify(layer)
+    used = layer.eval().weight.detach().double().unflatten(0, (3, 2))
+    norms = torch.linalg.matrix_norm(used, 2)
+    assert row.block == int((norms - 1).abs().argmax()) == 1
+    assert row.exact == pytest.approx(float(norms[1]))
+    header, _, line = str(verification).splitlines()
+    assert "worst block" in header
+    assert "  1 of 0 to 2  " in line
+    assert f"  {row.exact:.6g}  " in line
+    assert "block" not in str(snparam.verify(snparam.register_sn(nn.Linear(3, 4))))
+
+
 def test_a_nan_weight_never_passes_verification() -> None:
     layer = snparam.register_sn(nn.Linear(3, 3))
     with torch.no_grad():
