@@ -47,3 +47,20 @@ def check_count_is_no_name(num_svs: Any) -> None:
             f"register_sn: num_svs={num_svs!r}: expected an int; pass the name of a tensor as "
             f"name={num_svs!r}."
         )
+
+
+def check_passed_by_keyword(misplaced: tuple[Any, ...]) -> None:
+    """Raise if `remove_sn` was given more than the module by position.
+
+    The second argument of torch's own `remove_parametrizations(module, "weight")` is the name.
+
+    Raises:
+        TypeError: with the argument that takes the value.
+    """
+    if misplaced:
+        value = misplaced[0]
+        option = "bake" if isinstance(value, bool) else "name"
+        raise TypeError(
+            f"remove_sn: {value!r} was passed by position; expected the module alone: pass it as "
+            f"{option}={value!r}."
+        )

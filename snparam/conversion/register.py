@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TypeVar
 
 from torch import nn
-from typing_extensions import Unpack
+from typing_extensions import Never, Unpack
 
-from snparam.conversion.arguments import check_count_is_no_name
+from snparam.conversion.arguments import check_count_is_no_name, check_passed_by_keyword
 from snparam.conversion.weights import Weight, weight_at
 from snparam.layers.table import (
     Path,
@@ -97,11 +97,14 @@ def register_sn(
     return module
 
 
-def remove_sn(module: _ModuleT, *, name: str | None = None, bake: bool = True) -> _ModuleT:
+def remove_sn(
+    module: _ModuleT, *misplaced: Never, name: str | None = None, bake: bool = True
+) -> _ModuleT:
     """Remove SpectralNorm from a module's weights, which leaves an ordinary module.
 
     Args:
         module: a module that `register_sn` or `convert_model` changed; changed back in place.
+        misplaced: nothing may be passed here; a name and a flag are passed by keyword.
         name: which tensor; None (the default) for all normalised weights of this module.
         bake: True (the default) leaves the normalised weight, equal to the bit to the one that eval
             mode uses. False leaves the original parameter, to the bit.
@@ -113,9 +116,11 @@ def remove_sn(module: _ModuleT, *, name: str | None = None, bake: bool = True) -
         ValueError: if the tensor (with `name=None`, every tensor of the module) is without
             SpectralNorm, or if another parametrization is on the same tensor; nothing has been
             changed.
-        TypeError: if `module` is no module, or `bake` is neither True nor False.
+        TypeError: if `module` is no module, `bake` is neither True nor False, or one of the options
+            is passed by position.
     """
     check_model(module, "remove_sn")
+    check_passed_by_keyword(misplaced)
     check_flag("bake", bake)
     if name is None:
         registered = [tensor for tensor, _ in norms_of(module)]

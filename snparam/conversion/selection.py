@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -59,7 +60,7 @@ class Selection:
 
         Raises:
             TypeError: for a selector that is neither a string nor a module type, a `filter_fn` that
-                cannot be called, or a preset that is no string.
+                cannot be called with a module and a name, or a preset that is no string.
             ValueError: for a selector that matches nothing in the model, an unknown preset, or
                 `preset="keep-head"` or `"sngp"` where no head is recognised.
         """
@@ -71,8 +72,7 @@ class Selection:
             preset,
             None if preset is None else preset_named(preset).rule(model),
         )
-        if filter_fn is not None and not callable(filter_fn):
-            raise TypeError(f"filter_fn={filter_fn!r}: expected a function (module, name) -> bool")
+        _check_filter(filter_fn)
         modules = [path[-1] for paths in selection.paths.values() for path in paths]
         for option in ("include", "exclude"):
             for selector in getattr(selection, option) or ():
@@ -104,6 +104,22 @@ class Selection:
         if self.preset_excludes is not None and self.preset_excludes(path):
             return f"left out by preset {self.preset!r}"
         return None
+
+
+def _check_filter(filter_fn: Any) -> None:
+    if filter_fn is None:
+        return
+    expected = f"filter_fn={filter_fn!r}: expected a function (module, qualified_name) -> bool"
+    if not callable(filter_fn):
+        raise TypeError(f"{expected}, not {type(filter_fn).__name__}")
+    try:
+        signature = inspect.signature(filter_fn)
+    except ValueError:  # some functions that are written in C have none
+        return
+    try:
+        signature.bind(None, "")
+    except TypeError as error:
+        raise TypeError(f"{expected}, not {signature} ({error})") from None
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -295,7 +295,7 @@ class SpectralNorm(nn.Module):
             reading.values[kind] = weight, value
         return value
 
-    def right_inverse(self, value: Tensor) -> Tensor:
+    def right_inverse(self, value: Any) -> Tensor:
         """Converge the state to a value that is assigned to the weight, and return it to be stored.
 
         torch passes a Parameter where it registers this parametrization on another module's weight
@@ -305,17 +305,29 @@ class SpectralNorm(nn.Module):
             value: of the weight's shape and dtype, finite.
 
         Raises:
-            ValueError: if the value has another shape, or is not finite. torch itself refuses
-                another dtype, after this has returned.
+            TypeError: if the value is no tensor.
+            ValueError: if it has another shape or dtype, or is not finite.
         """
         if isinstance(value, nn.Parameter):
             return value
-        shape, assigned_shape = self.view.shape, tuple(value.shape)
-        message = f"SpectralNorm on {self.name} {shape}: assigned a tensor"
-        if assigned_shape != shape:
-            raise ValueError(f"{message} of shape {assigned_shape}; assign one of shape {shape}")
+        assigned = f"SpectralNorm on {self.name} {self.view.shape}: assigned"
+        expected = f"assign a tensor of shape {self.view.shape}"
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            article = "an" if kind[0].lower() in "aeiou" else "a"
+            given = "None" if value is None else f"{article} {kind}"
+            raise TypeError(f"{assigned} {given}; {expected}")
+        if tuple(value.shape) != self.view.shape:
+            raise ValueError(f"{assigned} a tensor of shape {tuple(value.shape)}; {expected}")
+        dtypes = {original.dtype for original in self.originals()}
+        if dtypes and value.dtype not in dtypes:
+            (dtype, *_) = dtypes
+            raise ValueError(
+                f"{assigned} a tensor of {value.dtype}; assign one of {dtype}, or convert the "
+                f"module by module.to({value.dtype}) first"
+            )
         if not is_finite(stack_of(value, self.view)):
-            raise ValueError(f"{message} with NaN or inf")
+            raise ValueError(f"{assigned} a tensor with NaN or inf; assign a finite one")
         self.refresh(value)
         return value
 

@@ -388,6 +388,15 @@ def test_removing_what_is_not_there_is_an_error() -> None:
         snparam.remove_sn(registered(), name="bias")
 
 
+@pytest.mark.parametrize(("given", "option"), [("weight", "name"), (False, "bake")])
+def test_what_is_passed_by_position_is_answered_with_its_option(given: Any, option: str) -> None:
+    layer = registered()
+    with pytest.raises(TypeError, match=f"remove_sn: {given!r}.*pass it as {option}={given!r}"):
+        snparam.remove_sn(layer, given)
+    snparam.remove_sn(layer, **{option: given})
+    assert type(layer) is nn.Linear
+
+
 def test_one_of_several_weights_can_be_removed() -> None:
     module = snparam.register_sn(nn.GRU(3, 4))
     snparam.remove_sn(module, name="weight_ih_l0")

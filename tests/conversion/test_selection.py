@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 from torch import nn
 
@@ -104,3 +107,22 @@ def test_a_selector_of_another_kind_is_an_error(selector: object) -> None:
 def test_a_filter_that_is_no_function_is_an_error() -> None:
     with pytest.raises(TypeError, match="filter_fn='head'"):
         converted(filter_fn="head")
+
+
+@pytest.mark.parametrize(
+    "filter_fn", [lambda m: True, lambda m, n, p: True, lambda: True, lambda m, *, name: True]
+)
+def test_a_filter_that_takes_other_arguments_is_an_error_that_names_the_option(
+    filter_fn: Any,
+) -> None:
+    with pytest.raises(TypeError, match=r"filter_fn=<.*: expected a function \(module, qualified_"):
+        converted(filter_fn=filter_fn)
+
+
+@pytest.mark.parametrize(
+    "filter_fn",
+    [lambda *a: True, lambda m, n, p=1: True, functools.partial(lambda p, m, n: True, 1)],
+    ids=["any", "more", "partial"],
+)
+def test_a_filter_may_take_more(filter_fn: Any) -> None:
+    assert converted(filter_fn=filter_fn) == converted()

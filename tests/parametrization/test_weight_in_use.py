@@ -176,19 +176,25 @@ def test_assigning_a_weight_stores_it_and_converges_anew(layer):
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("value", "error", "words"),
     [
-        (torch.ones(3, 4), [r"'weight' of Linear", r"\(4, 3\)", r"\(3, 4\)"]),
-        (torch.full((4, 3), math.nan), [r"'weight' of Linear", r"\(4, 3\)", "NaN or inf"]),
-        (torch.full((4, 3), math.inf), [r"'weight' of Linear", r"\(4, 3\)", "NaN or inf"]),
+        (torch.ones(3, 4), ValueError, r"a tensor of shape \(3, 4\); assign .* \(4, 3\)"),
+        (torch.full((4, 3), math.nan), ValueError, "a tensor with NaN or inf"),
+        (torch.full((4, 3), math.inf), ValueError, "a tensor with NaN or inf"),
+        (torch.eye(4, 3).double(), ValueError, "a tensor of torch.float64; .* torch.float32"),
+        (3, TypeError, r"an int; assign a tensor of shape \(4, 3\)"),
+        (None, TypeError, r"None; assign a tensor of shape \(4, 3\)"),
+        ([[1.0] * 3] * 4, TypeError, "a list; assign"),
+        (torch.ones(4, 3).numpy(), TypeError, "an? ndarray; assign"),
     ],
+    ids=["shape", "NaN", "inf", "dtype", "int", "None", "list", "ndarray"],
 )
-def test_what_cannot_be_assigned_is_refused_and_changes_nothing(value, words):
-    layer = snparam.register_sn(nn.Linear(3, 4))
+@pytest.mark.parametrize("update", ["forward", "step"])
+def test_what_cannot_be_assigned_is_refused_and_changes_nothing(value, error, words, update):
+    layer = snparam.register_sn(nn.Linear(3, 4), update=update)
     before = {k: v.clone() for k, v in layer.state_dict().items()}
-    for word in words:
-        with pytest.raises(ValueError, match=word):
-            layer.weight = value
+    with pytest.raises(error, match=rf"SpectralNorm on 'weight' of Linear \(4, 3\): .*{words}"):
+        layer.weight = value
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
