@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ pytest.importorskip("transformers")
 import transformers as hf
 
 import snparam
+from snparam.parametrization.find import normalised_weights
 
 from .contract import Architecture, check
 
@@ -401,3 +404,26 @@ def test_mixtrals_experts_are_matrices_of_their_own_and_its_router_is_one() -> N
     experts = sum(int(torch.Size(r.shape).numel()) for r in rows_of(model, "Experts"))
     assert experts / matrices > 0.7
     assert snparam.plan_conversion(model).share == 1
+
+
+def test_the_trainer_decays_gains_unless_it_is_told_as_the_documentation_says() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "systems.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(import transformers\n.*?)```", page, re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(block, namespace)
+    model = snparam.convert_model(bert(), gain="learned")
+    gains = {id(gain) for gain in snparam.gain_parameters(model)}
+    decayed, without = (
+        {
+            id(model.get_parameter(name))
+            for name in kind.get_decay_parameter_names(kind.__new__(kind), model)
+        }
+        for kind in (hf.Trainer, namespace["Trainer"])
+    )
+    assert gains < decayed
+    assert without == decayed - gains
+    originals = {id(weight.original) for weight in normalised_weights(model)}
+    assert originals <= without
+    assert not [
+        name for name, p in model.named_parameters() if name.endswith("weight") and p.ndim > 1
+    ]
