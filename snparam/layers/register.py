@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import dis
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,19 @@ from snparam.matrices.views import KINDS, Layout
 _TypeT = TypeVar("_TypeT", bound=type[nn.Module])
 
 Weights = Mapping[str, str | LayoutOf]
+
+# By what a module sets tensors, and how many instructions later its name is loaded.
+_NAME_ARGUMENTS: dict[Any, int] = {"register_parameter": 1, "register_buffer": 1, "setattr": 2}
+_STRING_BUILDERS = (
+    "BUILD_STRING",
+    "FORMAT_VALUE",
+    "FORMAT_SIMPLE",
+    "FORMAT_WITH_SPEC",
+    "BINARY_OP",
+    "BINARY_ADD",
+    "BINARY_MODULO",
+)
+_NO_ARGUMENTS = ("CACHE", "PUSH_NULL", "PRECALL", "EXTENDED_ARG")
 
 
 @overload
@@ -142,7 +156,7 @@ def _check_tensor_names(cls: type | None, names: Iterable[str]) -> None:
     known_names = _names_in(cls)
     if cls is None or not known_names:
         return
-    dynamic = not known_names.isdisjoint(("setattr", "register_parameter", "register_buffer"))
+    dynamic = any(map(_makes_names, _codes_in(cls)))
     for name in names:
         if name in known_names or any(sign in name for sign in "*?[."):
             continue
@@ -165,17 +179,47 @@ def _names_in(cls: type | None) -> set[str]:
     """
     names: set[str] = set()
     attributes: set[str] = set()
-    for base in getattr(cls, "__mro__", ()):
-        if base in (nn.Module, object):
-            continue
+    for base in _written_bases(cls):
         attributes.update(vars(base))
         with contextlib.suppress(NameError):  # an annotation may use a name defined later
             names.update(inspect.get_annotations(base))
+    for code in _codes_in(cls):
+        names.update(_names_in_code(code))
+    return names | attributes if names else set()
+
+
+def _written_bases(cls: type | None) -> Iterator[type]:
+    """Yield a class and its bases, but for those that every module has."""
+    return (base for base in getattr(cls, "__mro__", ()) if base not in (nn.Module, object))
+
+
+def _codes_in(cls: type | None) -> Iterator[CodeType]:
+    """Yield the code objects of the methods of a class and its bases that are written in Python."""
+    for base in _written_bases(cls):
         for value in vars(base).values():
             method = getattr(value, "__func__", getattr(value, "fget", value))
             code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
-            names.update(_names_in_code(code))
-    return names | attributes if names else set()
+            if isinstance(code, CodeType):
+                yield code
+
+
+def _makes_names(code: CodeType) -> bool:
+    """Return whether code sets tensors under names that are no constants in it.
+
+    The name is the first argument of `register_parameter` and `register_buffer`, and the second of
+    `setattr`.
+    """
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in _NO_ARGUMENTS]
+    for position, instruction in enumerate(instructions):
+        distance = _NAME_ARGUMENTS.get(instruction.argval) if instruction.argval else None
+        if instruction.opname.startswith("LOAD_") and isinstance(distance, int):
+            name, *later = instructions[position + distance : position + distance + 5]
+            if not (name.opname == "LOAD_CONST" and isinstance(name.argval, str)):
+                return True
+            # The constant may be a part of the name.
+            if any(i.opname in _STRING_BUILDERS or i.argval == "format" for i in later):
+                return True
+    return any(_makes_names(inner) for inner in code.co_consts if isinstance(inner, CodeType))
 
 
 def _names_in_code(constant: object) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -103,16 +104,23 @@ def _note_load(parametrization_list: Any, _incompatible_keys: object) -> None:
 
 @torch.no_grad()
 def read_as_eval(owner: nn.Module, name: str) -> Tensor:
-    """Return the weight that an eval forward would use, in any mode; no state moves."""
+    """Return the weight that an eval forward would use, in any mode; no state moves.
+
+    Within a forward of the module it is read as in another forward.
+    """
     lists: Any = owner.parametrizations
-    modes = [(parametrization, parametrization.training) for parametrization in lists[name]]
+    modes = [(part, part.training) for part in lists[name]]
+    norm, thread = norm_on(owner, name), get_ident()
+    outer = None if norm is None else norm.enter_forward(thread)
     try:
-        for parametrization, _ in modes:
-            parametrization.training = False
+        for part, _ in modes:
+            part.training = False
         value: Tensor = lists[name]()
     finally:
-        for parametrization, mode in modes:
-            parametrization.training = mode
+        for part, mode in modes:
+            part.training = mode
+        if norm is not None:
+            norm.leave_forward(thread, outer)
     return value
 
 

@@ -185,6 +185,14 @@ class SpectralNorm(nn.Module):
         if self.settings.update == "step":
             STEPWISE.add(self)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, but no option: those of the registration are read-only."""
+        if (name == "settings" and name in self.__dict__) or (
+            name == "gain" and not isinstance(value, Tensor)
+        ):
+            raise AttributeError(_read_only_message(self, name, value))
+        super().__setattr__(name, value)
+
     # Copies and moves
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
@@ -339,13 +347,13 @@ class SpectralNorm(nn.Module):
             reading: the reads of the running forward of the layer; None for a read outside of one,
                 which counts as a separate forward.
         """
+        if not self.training:
+            return self._unstored_estimate(weight)
         reading = reading or Reading()
         if reading.estimate is not None:
             # A checkpointed region may have begun since the estimate was made.
             keep_estimate(self, reading.estimate, reading.at_map, reading.regions)
             return reading.estimate
-        if not self.training:
-            return self._unstored_estimate(weight)
         if in_backward():
             estimate, reading.at_map = repeated_estimate(
                 self, self._last_estimate, reading.at_map, reading.regions
@@ -687,6 +695,13 @@ def _constant_shapes() -> AbstractContextManager[object]:
     return _tracing_constant_shapes()
 
 
+def _read_only_message(norm: SpectralNorm, name: str, value: object) -> str:
+    return (
+        f"SpectralNorm on {norm.name} {norm.view.shape}: {name}={value!r} cannot be set once "
+        "registered; call remove_sn, and register with it"
+    )
+
+
 def _option(name: str) -> property:
     """Return a property that reads an option from the settings and refuses to set it."""
 
@@ -694,10 +709,7 @@ def _option(name: str) -> property:
         return self.u.shape[1] if name == "num_svs" else getattr(self.settings, name)
 
     def refuse(self: SpectralNorm, value: object) -> None:
-        raise AttributeError(
-            f"SpectralNorm on {self.name} {self.view.shape}: {name}={value!r} cannot be set once "
-            "registered; call remove_sn, and register with it"
-        )
+        raise AttributeError(_read_only_message(self, name, value))
 
     return property(read, refuse, doc=f"The option `{name}` that it was registered with.")
 

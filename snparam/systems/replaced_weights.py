@@ -8,13 +8,15 @@ afterwards share one state; weights that have another shape get a state of that 
 options that they had. Neither transformers nor any other library is imported; the names of the
 methods are all that is looked for.
 
-The methods are wrapped in the classes that define them, once a model of such a class was converted;
-for models without normalised weights they do what they did.
+The methods are wrapped in the classes that define them, once a model of such a class was converted,
+and in the base class of transformers' models, if it is loaded, once any weight was registered; for
+models without normalised weights they do what they did.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +37,9 @@ from snparam.parametrization.find import (
 )
 from snparam.parametrization.spectral_norm import SpectralNorm
 
+# The base class of transformers' models.
+_MODELS, _MODEL = "transformers.modeling_utils", "PreTrainedModel"
+
 _TIE = "tie_weights"
 _RESIZE = "resize_token_embeddings"
 # What transformers' models call the modules that are resized.
@@ -47,7 +52,7 @@ def replace_normalised(model: nn.Module) -> None:
     The methods are wrapped in the classes that define them.
     """
     for module in model.modules():
-        for name, wrapper in ((_TIE, _run_on_ordinary_modules), (_RESIZE, _resize)):
+        for name, wrapper in _WRAPPERS.items():
             cls = next(definitions(type(module), name), None)
             if cls is not None and is_normalised(module):
                 wrap(cls, name, wrapper)
@@ -85,6 +90,9 @@ def _run_on_ordinary_modules(
     if left_ordinary:
         raise ValueError("\n".join(map(_several_matrices_message, left_ordinary)))
     return result
+
+
+_WRAPPERS: dict[str, Callable[..., Any]] = {_TIE: _run_on_ordinary_modules, _RESIZE: _resize}
 
 
 @dataclass(frozen=True)
@@ -209,6 +217,14 @@ def _several_matrices_message(weight: NormalisedWeight) -> str:
 
 
 class _ReplacedWeights(System):
+    def on_attach(self, _owner: nn.Module) -> None:
+        # The models that have this module, or will have it, cannot be asked for.
+        models = sys.modules.get(_MODELS)
+        for name, wrapper in _WRAPPERS.items():
+            cls = next(definitions(getattr(models, _MODEL, nn.Module), name), None)
+            if cls is not None:
+                wrap(cls, name, wrapper)
+
     def on_model(self, model: nn.Module) -> None:
         replace_normalised(model)
 

@@ -277,6 +277,24 @@ def test_a_tensor_that_a_class_does_not_have_is_refused_with_the_nearest(
     assert len(USER_ROWS) == 1
 
 
+class WithMask(nn.Module):
+    """Its tensors have constant names, whatever they are set by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(5, 3))
+        self.register_buffer("mask", torch.ones(5), persistent=False)
+        setattr(self, "scale", nn.Parameter(torch.ones(5)))  # noqa: B010 - as people write it
+
+
+@pytest.mark.parametrize("name", ["kernels", "kernel_", "weight", "foo"])
+@pytest.mark.parametrize("kind", [WithMask, Registered])
+def test_constant_names_are_all_that_there_are(kind: type[nn.Module], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name!r}.*{kind.__name__}"):
+        register_layer_type(kind, {name: "rows"})
+    assert not USER_ROWS
+
+
 def test_a_wrong_name_is_refused_by_the_decorator_too() -> None:
     with pytest.raises(ValueError, match="kernle"):
 

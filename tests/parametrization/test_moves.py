@@ -384,6 +384,25 @@ def test_weight_in_use_is_what_an_eval_read_gives_and_moves_nothing(
     assert modes == [module.training for module in layer.modules()]
 
 
+class Logging(nn.Linear):
+    """Asks for its weight in use within its own forward, before and after it has read it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.logged = [snparam.weight_in_use(self)]
+        out = super().forward(x)
+        self.logged.append(snparam.weight_in_use(self))
+        return out
+
+
+def test_weight_in_use_within_a_forward_is_that_of_eval_too() -> None:
+    layer = snparam.register_sn(Logging(6, 6).double(), init="random")
+    before = copy.deepcopy(layer).eval().weight
+    layer(torch.randn(2, 6, dtype=torch.float64))
+    after = copy.deepcopy(layer).eval().weight
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(layer.logged, [before, after])
+
+
 @pytest.mark.parametrize("update", UPDATES)
 def test_weight_in_use_changes_no_later_forward(update: Any) -> None:
     layer = randomise(snparam.register_sn(square(), update=update))

@@ -69,3 +69,17 @@ def test_a_placeholder_is_replaced_at_its_own_indentation(indentation: int) -> N
     put_into_docstring(function, "options", "one: a\n    b\ntwo: c")
     expected = f"{inner}one: a\n{inner}    b\n{inner}two: c\n{outer}"
     assert function.__doc__ == f"Do it.\n\n{outer}Args:\n{expected}"
+
+
+def test_neither_gain_nor_all_options_at_once_can_be_set() -> None:
+    layer: Any = snparam.register_sn(nn.Linear(3, 4), coeff=0.5)
+    (norm,) = layer.parametrizations.weight
+    other: Any = snparam.register_sn(nn.Linear(3, 4))
+    for name, value in (
+        ("gain", "learned"),
+        ("gain", None),
+        ("settings", other.parametrizations.weight[0].settings),
+    ):
+        with pytest.raises(AttributeError, match=rf"weight.*{name}=.*remove_sn"):
+            setattr(norm, name, value)
+    assert norm.settings.coeff == 0.5
