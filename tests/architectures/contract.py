@@ -46,10 +46,10 @@ class Architecture:
         return self.name
 
 
-def check(architecture: Architecture) -> None:
+def check(architecture: Architecture) -> snparam.ConversionPlan:
     """All of the contract; each part takes a model of its own where it would disturb the others."""
     model = architecture.make(0)
-    plain = check_plan(architecture, model)
+    kind, plan = type(model), check_plan(architecture, model)
     before = computed(architecture, model)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     parameters = {name: id(p) for name, p in model.named_parameters()}
@@ -63,17 +63,18 @@ def check(architecture: Architecture) -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), name
     assert {name: id(p) for name, p in model.named_parameters()} == parameters
-    assert type(model) is type(plain)
+    assert type(model) is kind
     assert_same(computed(architecture, model), before)
     check_gains(architecture, model, before)
     check_bake(architecture, model)
+    return plan
 
 
 def convert(model: nn.Module, **options: Any) -> None:
     snparam.convert_model(model, progress=False, **options)
 
 
-def check_plan(architecture: Architecture, model: nn.Module) -> nn.Module:
+def check_plan(architecture: Architecture, model: nn.Module) -> snparam.ConversionPlan:
     """Every matrix is accounted for, and left alone for the reason that is expected."""
     plan = snparam.plan_conversion(model, progress=False)
     rows = {row.weight: row for row in plan}
@@ -95,7 +96,7 @@ def check_plan(architecture: Architecture, model: nn.Module) -> nn.Module:
     assert abs(share - plan.share) < 1e-12
     assert share >= architecture.share - 1e-3, str(plan)
     assert f"{share:.1%} of" in str(plan).splitlines()[-1]
-    return model
+    return plan
 
 
 def _size(shape: tuple[int, ...]) -> int:

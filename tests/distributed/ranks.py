@@ -24,11 +24,14 @@ import torch.multiprocessing as mp
 SECONDS = 600
 
 _IMPORTED_ONCE = [
-    "torch",
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint",
     "pytest",
     "snparam",
+    "torch",
+    "torch._dynamo.backends.debugging",
+    "torch._functorch.aot_autograd",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
 ]
 
 

@@ -61,10 +61,10 @@ class Network(nn.Module):
 
 
 def train(model: nn.Module, part: int = 0, parts: int = 1) -> None:
-    """Twenty steps of two forwards for each backward."""
+    """Eight steps of two forwards for each backward."""
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     generator = torch.Generator().manual_seed(2)
-    for _ in range(20):
+    for _ in range(8):
         real, fake = (
             torch.randn(4, WIDTH, generator=generator, dtype=torch.float64).chunk(parts)[part]
             for _ in range(2)

@@ -287,10 +287,10 @@ def test_a_network_trained_at_a_high_rate_stays_at_its_bound() -> None:
 # With everything that the classic iteration works with
 
 
-def layers(sigma: str = "rayleigh-ritz", **options: Any) -> nn.Sequential:
+def layers(sigma: str = "rayleigh-ritz", num_svs: int = 3, **options: Any) -> nn.Sequential:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh()).double()
-    return snparam.convert_model(net, 3, sigma=sigma, init="random", **options)
+    return snparam.convert_model(net, num_svs, sigma=sigma, init="random", **options)
 
 
 def states(net: nn.Module) -> dict[str, Tensor]:
@@ -325,11 +325,10 @@ def test_training_moves_the_state_by_its_steps() -> None:
     assert_close((found.u[0] @ u.mT).abs(), torch.eye(3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("update", ["forward", "step"])
-def test_a_compiled_network_trains_as_the_eager_one(update: Any, backend: str) -> None:
-    eager, other = layers(update=update), layers(update=update)
-    compiled = torch.compile(other, backend=backend, fullgraph=True)
+def test_a_compiled_network_trains_as_the_eager_one(update: Any) -> None:
+    eager, other = (layers(update=update, num_svs=2) for _ in range(2))
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
     assert_same(train(eager, eager), train(other, compiled))
 
 
