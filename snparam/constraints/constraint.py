@@ -133,7 +133,8 @@ class Division(Constraint):
     ) -> Tensor:
         """Return γ W / d(σ)."""
         divisor = self.divisor(estimate.sigma, parameters, options)
-        return divide(weight, divisor, estimate.u[:, 0], estimate.v[:, 0], view, plain=plain)
+        u, v = estimate.u.select(1, 0), estimate.v.select(1, 0)
+        return divide(weight, divisor, u, v, view, plain=plain)
 
 
 CONSTRAINTS: dict[str, Constraint] = {}

@@ -123,59 +123,60 @@ def _gradients(
     grad: Tensor, weight: Tensor, divisor: Divisor, u: Tensor, v: Tensor, view: View
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients γ/d (G − slope · ⟨G, W⟩/d · u vᴴ) for the weight and ⟨G, W⟩/d for γ."""
-    g = view.to_matrices(grad, like=weight).to(u.dtype)
-    w = view.to_matrices(weight).to(u.dtype)
     d, slope, numerator = divisor
     grad_numerator: Tensor | None = None
-    if len(g) == 1 and not torch.is_grad_enabled() and reads_freely(grad):
+    if len(u) == 1 and not torch.is_grad_enabled() and reads_freely(grad):
+        matrix = _cast(view.to_matrix(grad, like=weight), u.dtype)
         number = d.item()
-        inner_over_d = _inner_product(g, w).item() / number
+        inner = _inner_product_of_matrices(matrix, _cast(view.to_matrix(weight), u.dtype))
+        inner_over_d = inner.item() / number
         scale = (1.0 if numerator is None else numerator.item()) / number
         rate = inner_over_d * scale * (slope.item() if isinstance(slope, Tensor) else slope)
         if numerator is not None:
             grad_numerator = torch.full_like(numerator, inner_over_d)
-        combined = rank_one_update(g, u, v, scale, rate)
-    else:
-        if len(g) > 1:
-            d = d.to(g.real.dtype)[:, None, None]
-        # G is divided before the inner product, because ⟨G, W⟩/d² would underflow first.
-        g_over_d = g / d
-        inners_over_d = _inner_product(g_over_d, w)
-        rates = inners_over_d / d.reshape(inners_over_d.shape)
-        if isinstance(slope, Tensor) or slope != 1:
-            rates = rates * slope
-        if numerator is not None:
-            grad_numerator = inners_over_d.reshape(-1).to(numerator.dtype)
-            factor = numerator.to(g.real.dtype).reshape(inners_over_d.shape)
-            rates = rates * factor
-            g_over_d = g_over_d * (factor if len(g) == 1 else factor[:, None, None])
-        combined = rank_one_update(g_over_d, u, v, None, rates)
-    return view.from_matrices(combined, like=weight).to(weight.dtype), grad_numerator
+        matrix = rank_one_update_by_numbers(matrix, u.view(-1), v.view(-1), scale, rate)
+        return _cast(view.from_matrix(matrix, like=weight), weight.dtype), grad_numerator
+    g = view.to_matrices(grad, like=weight).to(u.dtype)
+    w = view.to_matrices(weight).to(u.dtype)
+    if len(g) > 1:
+        d = d.to(g.real.dtype)[:, None, None]
+    # G is divided before the inner product, because ⟨G, W⟩/d² would underflow first.
+    g_over_d = g / d
+    inners_over_d = _inner_product(g_over_d, w)
+    rates = inners_over_d / d.reshape(inners_over_d.shape)
+    if isinstance(slope, Tensor) or slope != 1:
+        rates = rates * slope
+    if numerator is not None:
+        grad_numerator = inners_over_d.reshape(-1).to(numerator.dtype)
+        factor = numerator.to(g.real.dtype).reshape(inners_over_d.shape)
+        rates = rates * factor
+        g_over_d = g_over_d * (factor if len(g) == 1 else factor[:, None, None])
+    g = rank_one_update(g_over_d, u, v, rates)
+    return view.from_matrices(g, like=weight).to(weight.dtype), grad_numerator
 
 
-def rank_one_update(
-    g: Tensor, u: Tensor, v: Tensor, scale: float | None, rate: float | Tensor
+def rank_one_update_by_numbers(
+    matrix: Tensor, u: Tensor, v: Tensor, scale: float, rate: float
 ) -> Tensor:
-    """Return scale · G − rate · u vᴴ for each block.
+    """Return scale · G − rate · u vᴴ in one pass, for a matrix G (m, n), u (m,) and v (n,)."""
+    v = v.conj() if v.is_complex() else v
+    limit = torch.finfo(matrix.dtype).max
+    if abs(scale) > limit or abs(rate) > limit:  # torch.addr refuses such factors
+        return matrix * scale - (rate * u[:, None]) * v
+    return torch.addr(matrix, u, v, beta=scale, alpha=-rate)
 
-    With a number as `rate` it takes one pass. With a tensor it may overwrite G, unless gradients
-    are recorded.
+
+def rank_one_update(g: Tensor, u: Tensor, v: Tensor, rate: Tensor) -> Tensor:
+    """Return G − rate · u vᴴ for each block; unless gradients are recorded, it may overwrite G.
 
     Args:
-        g: G, (b, m, n); b = 1 where `rate` is a number.
+        g: G, (b, m, n).
         u: (b, m).
         v: (b, n).
-        scale: a number, or None for 1, as it has to be where `rate` is a tensor.
-        rate: a number, or a tensor () for one block, (b,) for several.
+        rate: () for one block, (b,) for several.
     """
     blocks, rows, columns = g.shape
     u, v = u.reshape(blocks, rows, 1), v.reshape(blocks, 1, columns).conj()
-    if not isinstance(rate, Tensor):
-        scale = 1.0 if scale is None else scale
-        limit = torch.finfo(g.dtype).max
-        if abs(scale) > limit or abs(rate) > limit:  # torch.addr refuses such factors
-            return g * scale - (rate * u) * v
-        return torch.addr(g[0], u.view(-1), v.view(-1), beta=scale, alpha=-rate).unsqueeze(0)
     outer = (rate if blocks == 1 else rate[:, None, None]) * u
     if torch.is_grad_enabled():
         return g - outer * v
@@ -193,14 +194,24 @@ def _quotient(weight: Tensor, divisor: Divisor, view: View) -> Tensor:
     """Return γ W / d by torch's own operations, with d as a constant or as it depends on W."""
     d, _, numerator = divisor
     if view.matrices[0] == 1:
-        d = d.reshape(())
+        d = d.reshape(()) if d.ndim else d
         out = weight / d if numerator is None else weight * (numerator.reshape(()) / d)
     else:
         stack = view.to_matrices(weight)
         d = d[:, None, None]
         out = stack / d if numerator is None else stack * (numerator[:, None, None] / d)
         out = view.from_matrices(out, like=weight)
-    return out.to(weight.dtype)
+    return _cast(out, weight.dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in a dtype, without a call of `to` if it has it."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _inner_product_of_matrices(g: Tensor, w: Tensor) -> Tensor:
+    """Return Re⟨G, W⟩ for two matrices."""
+    return torch.vdot(g.reshape(-1), w.reshape(-1)).real
 
 
 def _inner_product(g: Tensor, w: Tensor) -> Tensor:
@@ -208,7 +219,7 @@ def _inner_product(g: Tensor, w: Tensor) -> Tensor:
     g, w = g.reshape(len(g), -1), w.reshape(len(w), -1)
     if g.is_cpu and len(g) <= _FEW_BLOCKS and not torch.is_grad_enabled():
         if len(g) == 1:
-            return torch.vdot(g[0], w[0]).real
+            return _inner_product_of_matrices(g, w)
         return torch.stack([torch.vdot(*pair) for pair in zip(g, w, strict=True)]).real
     # A batched product, because multiplying and summing would first make a third such tensor.
     inner: Tensor = torch.bmm(g.conj()[:, None], w[:, :, None]).flatten().real

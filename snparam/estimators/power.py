@@ -14,6 +14,7 @@ from torch import Tensor
 from snparam.estimators import convergence
 from snparam.estimators.estimate import Estimate, Estimator, register_estimator
 from snparam.matrices.orthonormalisation import (
+    divisor_number,
     orthonormal_rows,
     orthonormalise,
     positive_mask,
@@ -119,6 +120,9 @@ class PowerIteration(BlockIteration):
             u = u if usable is None else torch.where(usable, u, previous_u)
             return Estimate.from_vectors(u, v, sv)
         norm = row_norms(t)
+        number = divisor_number(norm, eps)
+        if number is not None:
+            return Estimate(t.div_(number), v, norm.squeeze(-1), norm.view(()))
         usable = positive_mask(norm)
         length = norm
         if usable is not None:

@@ -11,6 +11,9 @@ from torch import Tensor
 from snparam.matrices import torch_private
 from snparam.matrices.products import real_dtype, wide_dtype
 
+# The range of norms whose reciprocals, and their products with entries, are normal in float32.
+_SMALLEST_NUMBER, _LARGEST_NUMBER = 1e-30, 1e30
+
 
 def orthonormal_rows(x: Tensor, eps: float = 0.0) -> Tensor:
     """Return the rows of x orthonormalised, earlier rows first, with the signs of Gram-Schmidt.
@@ -71,6 +74,9 @@ def triangular(x: Tensor) -> tuple[Tensor, Tensor]:
 def unit_rows(x: Tensor, eps: float, fill: float) -> Tensor:
     """Normalise rows (b, 1, n) in place; a row of zeros, or with NaN, is filled with `fill`."""
     norm = row_norms(x)
+    number = divisor_number(norm, eps)
+    if number is not None:
+        return x.div_(number)
     x = scaled_rows(x, norm, eps)
     # In a complex entry the real and the imaginary part are replaced each, so `fill` is its
     # magnitude.
@@ -97,14 +103,28 @@ def scaled_rows(x: Tensor, norm: Tensor, eps: float) -> Tensor:
     return x if eps == 0 else x.mul_((norm / eps).clamp_max(1.0))
 
 
+def divisor_number(norm: Tensor, eps: float) -> float | None:
+    """Return the number to divide a row by for its norm, or None where a tensor has to be used.
+
+    A tensor has to be used for several rows, where the norm may not be read, with a floor under it,
+    and where the norm lies outside of the range in which float32 divides accurately.
+    """
+    if eps > 0 or norm.numel() != 1 or not reads_freely(norm):
+        return None
+    number = norm.item()
+    return number if _SMALLEST_NUMBER < number < _LARGEST_NUMBER else None
+
+
 def positive_mask(x: Tensor) -> Tensor | None:
     """Return a mask of the entries that are positive and finite, or None if all are known to be.
 
     The entries are read where `reads_freely` allows it: on a CPU, with nothing tracing. On other
     devices the read would wait for the device.
     """
-    if reads_freely(x) and all(0 < entry < float("inf") for entry in x.flatten().tolist()):
-        return None
+    if reads_freely(x):
+        entries = [x.item()] if x.numel() == 1 else x.flatten().tolist()
+        if all(0 < entry < float("inf") for entry in entries):
+            return None
     return x * 0 < x  # false for 0, and for inf and NaN, whose products with 0 are NaN
 
 

@@ -28,7 +28,8 @@ def stack_of(
     dtype = torch.promote_types(weight.dtype, at_least)
     if is_sharded(weight):
         return ShardedStack(weight, view, dtype)  # type: ignore[arg-type]
-    return view.to_matrices(weight).to(dtype)
+    stack = view.to_matrices(weight)
+    return stack if stack.dtype == dtype else stack.to(dtype)
 
 
 def is_finite(stack: Tensor | ShardedStack) -> bool:

@@ -83,10 +83,16 @@ class View:
         permuted = [self.split[axis] for axis in order]
         return matrices.reshape(permuted).permute(inverse).reshape(self.shape)
 
+    def from_matrix(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """Return the one matrix (m, n) of a view of one block as `from_matrices` does."""
+        if self.is_plain:
+            return matrix
+        return self.from_matrices(matrix.unsqueeze(0), like)
+
     @cached_property
     def is_plain(self) -> bool:
         """True where a view of one block reads the weight as it is."""
-        return len(self.shape) == 2 and self.order == self._identity_order
+        return self.shape == self.matrices[1:] and self.order == self._identity_order
 
     @cached_property
     def _identity_order(self) -> tuple[int, ...]:

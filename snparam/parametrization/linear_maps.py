@@ -21,7 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snparam.constraints.constraint import Division
-from snparam.constraints.division import Divisor, divide, is_autocast_on, rank_one_update
+from snparam.constraints.division import (
+    Divisor,
+    divide,
+    is_autocast_on,
+    rank_one_update,
+    rank_one_update_by_numbers,
+)
 from snparam.matrices import torch_private
 from snparam.matrices.orthonormalisation import is_batched, reads_freely
 from snparam.parametrization.spectral_norm import Reading, SpectralNorm
@@ -117,10 +123,15 @@ def linear_map(owner: nn.Module, norm: SpectralNorm, x: Tensor, reading: Reading
     constraint: Any = norm._constraint
     divisor = constraint.divisor(estimate.sigma, norm.parameters_of_constraint, norm.settings)
     out: Tensor = _LinearMap.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, divisor.numerator, divisor, estimate.u[0, 0], estimate.v[0, 0],
-        norm.view, _geometry(owner),
+        x, weight, bias, divisor.numerator, divisor, _first_row(estimate.u),
+        _first_row(estimate.v), norm.view, _geometry(owner),
     )  # fmt: skip
     return out
+
+
+def _first_row(vectors: Tensor) -> Tensor:
+    """Return the first row of vectors (1, k, n)."""
+    return vectors.view(-1) if vectors.shape[1] == 1 else vectors[0, 0]
 
 
 def _geometry(owner: nn.Module) -> tuple[Any, ...] | None:
@@ -152,7 +163,7 @@ class _LinearMap(torch.autograd.Function):
         slope = divisor.slope if isinstance(divisor.slope, Tensor) else None
         ctx.slope, ctx.view, ctx.geometry = divisor.slope if slope is None else None, view, geometry
         ctx.save_for_backward(x, weight, bias, numerator, divisor.value, slope, u, v)
-        scale = _scale(divisor)
+        ctx.scale = scale = _scale(divisor)
         if _needs_weight_in_use(scale, weight):
             weight_in_use = divide(weight, divisor, u[None], v[None], view, plain=True)
             return _apply_map(x, weight_in_use, bias, geometry)
@@ -169,21 +180,29 @@ class _LinearMap(torch.autograd.Function):
         x, weight, bias, numerator, value, slope, u, v = ctx.saved_tensors
         divisor = Divisor(value, ctx.slope if slope is None else slope, numerator)
         needed = ctx.needs_input_grad[:4]
-        if (
-            torch.is_grad_enabled()
-            or is_batched(grad)
-            or _needs_weight_in_use(_scale(divisor), weight)
-        ):
+        if torch.is_grad_enabled() or is_batched(grad) or _needs_weight_in_use(ctx.scale, weight):
             inputs = (x, weight, bias, numerator)
             gradients = _ordinary_gradients(
                 inputs, divisor, u, v, ctx.view, ctx.geometry, needed, grad
             )
         else:
-            gradients = _gradients(x, weight, divisor, u, v, ctx.view, ctx.geometry, needed, grad)
+            scale = ctx.scale if reads_freely(grad) else _scale_tensor(divisor)
+            gradients = _gradients(
+                x, weight, divisor, scale, u, v, ctx.view, ctx.geometry, needed, grad
+            )
         return (*gradients, None, None, None, None, None)
 
 
-def _scale(divisor: Divisor) -> Tensor:
+def _scale(divisor: Divisor) -> float | Tensor:
+    """Return γ/d: a number where it may be read, and else of shape ()."""
+    if not reads_freely(divisor.value):
+        return _scale_tensor(divisor)
+    value = divisor.value.item()
+    numerator = 1.0 if divisor.numerator is None else divisor.numerator.item()
+    return numerator / value if value else math.inf
+
+
+def _scale_tensor(divisor: Divisor) -> Tensor:
     """Return γ/d, of shape ()."""
     if divisor.numerator is None:
         return 1.0 / divisor.value
@@ -194,6 +213,7 @@ def _gradients(
     x: Tensor,
     weight: Tensor,
     divisor: Divisor,
+    scale: float | Tensor,
     u: Tensor,
     v: Tensor,
     view: Any,
@@ -207,7 +227,6 @@ def _gradients(
     they are s (g ⋆ W), s (G − slope · ⟨G, W⟩/d · u vᵀ), the sum of g, and ⟨G, W⟩/d. ⟨s G, W⟩ equals
     ⟨s (g ⋆ W), x⟩; the one over fewer entries is computed.
     """
-    scale = _scale(divisor)
     grad_x = grad_weight = grad_bias = grad_numerator = None
     needs_map = needed[1] or needed[3]
     # The gradient for γ needs ⟨G, W⟩, without s. Then `_subtract_rank_one` scales G in its update,
@@ -220,8 +239,7 @@ def _gradients(
             _write_product(g, weight, scale, grad_x.view(rows.shape))
         if needs_map:
             grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            factor = scale if scaled else torch.ones_like(scale)
-            _write_product(g.t(), rows, factor, grad_weight)
+            _write_product(g.t(), rows, scale if scaled else None, grad_weight)
         if needed[2]:
             grad_bias = g.sum(0)
     else:
@@ -233,16 +251,21 @@ def _gradients(
     if grad_weight is not None:
         uses_x = scaled and grad_x is not None and grad_x.numel() < weight.numel()
         pair: Any = (grad_x, x) if uses_x else (grad_weight, weight)
-        inner_over_d = _inner_product(*pair) / divisor.value  # ⟨s G, W⟩/d if scaled, else ⟨G, W⟩/d
+        inner: Any = _inner_product(*pair)
+        value: Any = divisor.value
+        slope: Any = divisor.slope
+        if isinstance(scale, float):
+            inner, value = inner.item(), value.item()
+            slope = slope.item() if isinstance(slope, Tensor) else slope
+        inner_over_d = inner / value  # ⟨s G, W⟩/d if scaled, else ⟨G, W⟩/d
+        if divisor.numerator is not None and needed[3]:
+            grad_numerator = torch.empty_like(divisor.numerator).fill_(inner_over_d)
         if scaled:
-            rate = inner_over_d * divisor.slope
+            rate = inner_over_d * slope
             grad_weight = _subtract_rank_one(grad_weight, weight, u, v, None, rate, view)
         else:
-            grad_numerator = inner_over_d.reshape(-1)
-            rate = inner_over_d * scale * divisor.slope
+            rate = inner_over_d * scale * slope
             grad_weight = _subtract_rank_one(grad_weight, weight, u, v, scale, rate, view)
-    if divisor.numerator is not None and grad_numerator is not None:
-        grad_numerator = grad_numerator.to(divisor.numerator.dtype)
     return (
         grad_x,
         grad_weight if needed[1] else None,
@@ -252,21 +275,27 @@ def _gradients(
 
 
 def _subtract_rank_one(
-    g: Tensor, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor | None, rate: Tensor, view: Any
+    g: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    scale: float | Tensor | None,
+    rate: float | Tensor,
+    view: Any,
 ) -> Tensor:
     """Return scale · G − rate · u vᵀ, written into G if its memory is laid out as the weight's."""
     matrix = view.to_matrix(g, like=weight)
-    if reads_freely(rate):
-        factor = 1.0 if scale is None else scale.item()
+    if not isinstance(rate, Tensor):
+        factor = 1.0 if scale is None else float(scale)
         if matrix.data_ptr() == g.data_ptr():
-            matrix.addr_(u, v, beta=factor, alpha=-rate.item())
+            matrix.addr_(u, v, beta=factor, alpha=-rate)
             return g
-        combined = rank_one_update(matrix[None], u[None], v[None], factor, rate.item())
+        matrix = rank_one_update_by_numbers(matrix, u, v, factor, rate)
     else:
         if scale is not None:
             matrix = matrix.mul_(scale)
-        combined = rank_one_update(matrix[None], u[None], v[None], None, rate)
-    difference: Tensor = view.from_matrices(combined, like=weight)
+        matrix = rank_one_update(matrix[None], u[None], v[None], rate)[0]
+    difference: Tensor = view.from_matrix(matrix, like=weight)
     return difference
 
 
@@ -281,15 +310,15 @@ def _inner_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _write_product(
-    a: Tensor, b: Tensor, scale: Tensor, out: Tensor, bias: Tensor | None = None
+    a: Tensor, b: Tensor, scale: float | Tensor | None, out: Tensor, bias: Tensor | None = None
 ) -> None:
-    """Write scale · A B + b to `out`.
+    """Write scale · A B + b to `out`, where None is 1.
 
     On a CPU the scale is the product's alpha. Elsewhere reading it as a number would wait for the
     device, and it multiplies the smallest of A, B and the product.
     """
-    if reads_freely(scale):
-        start, alpha = (out if bias is None else bias), scale.item()
+    if not isinstance(scale, Tensor):
+        start, alpha = (out if bias is None else bias), (1.0 if scale is None else scale)
         torch.addmm(start, a, b, beta=bias is not None, alpha=alpha, out=out)
         return
     smallest = min(a.numel(), b.numel(), out.numel())
@@ -306,16 +335,16 @@ def _write_product(
         torch.addmm(bias, a, b, out=out)
 
 
-def _needs_weight_in_use(scale: Tensor, weight: Tensor) -> bool:
+def _needs_weight_in_use(scale: float | Tensor, weight: Tensor) -> bool:
     """Return whether γ/d is so far from 1 that x ⋆ W, or x · γ/d, may leave the dtype's range.
 
     W · γ/d stays within it. On an accelerator this is False without a look at the number, because
     reading it would wait for the device.
     """
-    if not reads_freely(scale):
+    if isinstance(scale, Tensor):
         return False
     info = torch.finfo(weight.dtype)
-    return not info.tiny**0.75 <= abs(scale.item()) <= info.max
+    return not info.tiny**0.75 <= abs(scale) <= info.max
 
 
 def _apply_map(
@@ -332,7 +361,11 @@ def _apply_map(
 
 
 def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, geometry: tuple[Any, ...]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float | Tensor,
+    geometry: tuple[Any, ...],
 ) -> Tensor:
     """Return scale · (x ⋆ W) + b, with the scale at the smallest of x, W and the output."""
     stride, padding, dilation, _ = geometry
@@ -354,7 +387,7 @@ def _convolve(
 def _convolution_gradients(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: float | Tensor,
     geometry: tuple[Any, ...],
     needed: tuple[bool, bool],
     grad: Tensor,
@@ -368,7 +401,7 @@ def _convolution_gradients(
     Args:
         x: the input.
         weight: W.
-        scale: (), γ/d.
+        scale: γ/d, a number or of shape ().
         geometry: stride, padding, dilation and groups.
         needed: whether the gradient for x, and that for W, is needed.
         grad: the gradient for the output.

@@ -41,7 +41,7 @@ from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch.compiler import is_compiling
 
 from snparam.constraints.constraint import CONSTRAINTS
-from snparam.constraints.division import without_autocast
+from snparam.constraints.division import is_autocast_on, without_autocast
 from snparam.constraints.gain import gain_in
 from snparam.estimators.estimate import ESTIMATORS, Estimate
 from snparam.estimators.power import right_vectors
@@ -368,6 +368,12 @@ class SpectralNorm(nn.Module):
         return estimate
 
     def _compute_weight(self, weight: Tensor, reading: Reading) -> Tensor:
+        if not (
+            is_autocast_on(weight)
+            or torch_private.dispatch_mode_count()
+            or torch_private.tracing_state() is not None
+        ):
+            return self._apply_constraint(weight, self.estimate(weight, reading))
         with without_autocast(weight), without_selective_checkpointing(), _constant_shapes():
             return self._apply_constraint(weight, self.estimate(weight, reading))
 
@@ -405,10 +411,10 @@ class SpectralNorm(nn.Module):
         elif self._frozen_depth:
             estimate = self._unstored_estimate(weight)
         else:
-            estimate = self.move(weight)
+            estimate = self._move(weight)
             if stepwise:
                 self.note_estimate(weight, estimate)
-        self._last_estimate = estimate
+        self.__dict__["_last_estimate"] = estimate  # a module's own way to set it takes longer
         return estimate
 
     def _is_up_to_date(self, weight: Tensor) -> bool:
@@ -438,8 +444,13 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def move(self, weight: Tensor) -> Estimate:
         """Move the state by `num_itrs` steps on a weight, and return the estimate."""
+        return self._move(weight)
+
+    def _move(self, weight: Tensor) -> Estimate:
+        """Do what `move` says, where gradients are off."""
         stack, settings = stack_of(weight.detach(), self.view), self.settings
-        us = [self.u.to(stack.dtype)]
+        u: Any = self._buffers["u"]
+        us = [u if u.dtype == stack.dtype else u.to(stack.dtype)]
         (estimate,) = self._estimator.move([stack], us, settings.num_itrs, settings.eps)
         for name in self._estimator.buffers:
             self._buffers[name].copy_(getattr(estimate, name))  # type: ignore[union-attr]
