@@ -205,6 +205,7 @@ SPEED_UPS = [
         _reads_of_blocks,
         cpu_only=True,
     ),
+    SpeedUp("small products without views", lambda: [(products, "_MAX_SMALL_ENTRIES", 0)], _reads),
     SpeedUp("W Vᵀ for many vectors", lambda: [(products, "_MANY_PRODUCTS", _NEVER)], _iterations),
     SpeedUp(
         "U W parted among threads",
