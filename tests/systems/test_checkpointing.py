@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.same import assert_same_gradients_and_states
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint as composable_checkpoint
 from torch.utils.checkpoint import checkpoint
 
 import snparam
@@ -123,6 +124,33 @@ def test_regions_nest(modes: tuple[bool | None, ...]) -> None:
         networks.append(snparam.convert_model(network, init="random"))
     for network in networks:
         losses = [network(x).square().sum() for x in inputs(3)]
+        losses[1].backward()
+        (losses[0] - 2 * losses[2]).backward()
+    assert_same_gradients_and_states(*networks)
+
+
+class Blocks(nn.Module):
+    """Blocks in blocks, each a region of torch's composable checkpointing if it is asked for."""
+
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        outer = nn.Sequential(nn.Linear(6, 6), inner, nn.Tanh(), nn.Linear(6, 6))
+        self.whole = nn.Sequential(outer, nn.Tanh(), nn.Linear(6, 3))
+        snparam.convert_model(self, init="random")
+        for module in (inner, outer, self.whole) if checkpointed else ():
+            composable_checkpoint(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.whole(x)
+        return out
+
+
+def test_composable_regions_nest() -> None:
+    networks = [Blocks(checkpointed) for checkpointed in (False, True)]
+    for network in networks:
+        losses = [network(x).square().sum() for x in torch.linspace(-1, 1, 72).reshape(3, 4, 6)]
         losses[1].backward()
         (losses[0] - 2 * losses[2]).backward()
     assert_same_gradients_and_states(*networks)
