@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,3 +60,13 @@ def test_the_changelog_has_a_section_for_this_version_or_for_what_is_unreleased(
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## \[(.+?)\]", changelog, flags=re.MULTILINE)
     assert headings[0] in ("Unreleased", importlib.metadata.version("snparam"))
+
+
+def test_the_floor_of_torch_is_the_lowest_release_that_passed():
+    """`.ci/versions` prints the rows of the table."""
+    text = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:2] == "| "]
+    passed = [Version(torch) for _, torch, result in rows[2:] if result.startswith("passed")]
+    (torch,) = (r for r in requirements() if r.name == "torch" and r.marker is None)
+    assert str(torch.specifier) == f">={min(passed).major}.{min(passed).minor}"
+    assert max(passed) >= Version(pins()["torch"])

@@ -81,6 +81,8 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 def is_autocast_on(tensor: Tensor) -> bool:
     """Return whether autocast is on for a tensor's device, as it never is for the meta device."""
     kind = tensor.device.type
+    if torch.compiler.is_compiling():  # torch 2.8 cannot trace the question for other devices
+        return kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
@@ -236,4 +238,4 @@ def _differentiable_divisor(
     if blocks == 1:
         sigma = sigma.reshape(())
     value = divisor.value + divisor.slope * (sigma - sigma.detach())
-    return divisor._replace(value=value)
+    return Divisor(value, divisor.slope, divisor.numerator)  # torch 2.8 cannot trace `_replace`

@@ -432,7 +432,7 @@ def _ordinary_gradients(
     differentiable = torch.is_grad_enabled()
     x, weight, bias, numerator = inputs
     assert x is not None and weight is not None  # noqa: PT018
-    divisor = divisor._replace(numerator=numerator)
+    divisor = Divisor(divisor.value, divisor.slope, numerator)
     with torch.enable_grad():
         weight_in_use = divide(weight, divisor, u[None], v[None], view, plain=True)
         out = _apply_map(x, weight_in_use, bias, geometry)

@@ -455,7 +455,7 @@ def test_blocks_are_checked_each_by_itself():
     assert_spectral_norm(layer, blocks=3)
     with torch.no_grad():
         layer.weight[2:4] *= 1.5
-    with pytest.raises(AssertionError, match=r"block 1: 1\.5"):
+    with pytest.raises(AssertionError, match=r"block 1: 1\.(5|49999)"):
         assert_spectral_norm(layer, blocks=3)
     with pytest.raises(ValueError, match=r"weight \(6, 4\).*blocks=4"):
         assert_spectral_norm(layer, blocks=4)
