@@ -281,10 +281,6 @@ def _default_generator(seed: int) -> Iterator[None]:
 
     Its state is put back afterwards.
     """
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        generator.set_state(state)

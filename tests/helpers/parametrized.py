@@ -80,13 +80,9 @@ KINDS: dict[str, Kind] = {
 @contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
     """Let modules draw from a seed of their own, and put torch's generator back."""
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        generator.set_state(state)
 
 
 def plain(kind: Kind, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
