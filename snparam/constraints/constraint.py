@@ -133,7 +133,9 @@ class Division(Constraint):
     ) -> Tensor:
         """Return γ W / d(σ)."""
         divisor = self.divisor(estimate.sigma, parameters, options)
-        u, v = estimate.u.select(1, 0), estimate.v.select(1, 0)
+        u, v = estimate.u, estimate.v
+        if u.shape[1] > 1:
+            u, v = u[:, 0], v[:, 0]
         return divide(weight, divisor, u, v, view, plain=plain)
 
 

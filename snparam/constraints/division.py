@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from snparam.constraints.sharded_division import divide_sharded
 from snparam.matrices import torch_private
@@ -19,6 +20,9 @@ from snparam.matrices.views import View
 
 # Up to this many blocks, a loop over them on a CPU is faster than one batched product of vectors.
 _FEW_BLOCKS = 64
+
+# Kinds of devices of which torch refuses to say whether autocast is on.
+_WITHOUT_AUTOCAST = ("meta", "lazy", "vulkan")
 
 
 class Divisor(NamedTuple):
@@ -48,13 +52,14 @@ def divide(
     Args:
         weight: of the view's shape, real or complex; the result has its shape, dtype and strides.
         divisor: d and γ.
-        u: (b, m), unit vectors.
-        v: (b, n), unit vectors.
+        u: (b, m) or (b, 1, m), unit vectors.
+        v: (b, n) or (b, 1, n), unit vectors.
         view: how the weight is read as (b, m, n).
         plain: whether to use torch's own operations alone, which tracers can follow and save, and
             not an autograd Function, which saves memory and passes in the backward.
     """
     if is_sharded(weight):
+        u, v = u.view(len(u), -1), v.view(len(v), -1)
         return divide_sharded(weight, divisor.numerator, *divisor[:2], u, v, view)  # type: ignore[arg-type]
     if plain or _needs_plain_operations():
         # One trace serves with and without gradients, and torch.jit.trace compares it with another
@@ -79,11 +84,9 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def is_autocast_on(tensor: Tensor) -> bool:
-    """Return whether autocast is on for a tensor's device, as it never is for the meta device."""
+    """Return whether autocast is on for a tensor's device."""
     kind = tensor.device.type
-    if torch.compiler.is_compiling():  # torch 2.8 cannot trace the question for other devices
-        return kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return kind not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(kind)
 
 
 class _Divide(torch.autograd.Function):
@@ -187,9 +190,12 @@ def rank_one_update(g: Tensor, u: Tensor, v: Tensor, rate: Tensor) -> Tensor:
 
 def _needs_plain_operations() -> bool:
     """Return whether plain operations are needed: in a tracer, torch.func or forward-mode AD."""
-    if torch.compiler.is_compiling() or torch_private.tracing_state() is not None:
-        return True
-    return torch_private.functorch_is_active() or torch_private.forward_ad_is_active()
+    return (
+        is_compiling()
+        or torch_private.tracing_state() is not None
+        or torch_private.functorch_is_active()
+        or torch_private.forward_ad_is_active()
+    )
 
 
 def _quotient(weight: Tensor, divisor: Divisor, view: View) -> Tensor:
@@ -213,7 +219,8 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _inner_product_of_matrices(g: Tensor, w: Tensor) -> Tensor:
     """Return Re⟨G, W⟩ for two matrices."""
-    return torch.vdot(g.reshape(-1), w.reshape(-1)).real
+    g, w = g.reshape(-1), w.reshape(-1)
+    return torch.vdot(g, w).real if g.is_complex() else torch.dot(g, w)
 
 
 def _inner_product(g: Tensor, w: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor
 from snparam.estimators import convergence
 from snparam.estimators.estimate import Estimate, Estimator, register_estimator
 from snparam.matrices.orthonormalisation import (
-    divisor_number,
     orthonormal_rows,
     orthonormalise,
+    plain_norm,
     positive_mask,
     row_norms,
     scaled_rows,
@@ -67,21 +67,19 @@ class BlockIteration(Estimator):
         sharded = [stack for stack in stacks if isinstance(stack, ShardedStack)]
         if len(sharded) > 1:
             return self._move_sharded(sharded, list(us), steps, eps)
-        if len(stacks) == 1:
-            return [self._move_stack(stacks[0], us[0], steps, eps)]
-        dense = [stack for stack in stacks if isinstance(stack, Tensor)]
-        joined = self._move_stack(torch.cat(dense), torch.cat(list(us)), steps, eps)
-        blocks = dense[0].shape[0]
-        parts = [torch.split(part, blocks) for part in joined]
-        if blocks == 1:
-            parts[3] = tuple(sigma.view(()) for sigma in parts[3])
-        return [Estimate(*part) for part in zip(*parts, strict=True)]
-
-    def _move_stack(self, stack: Tensor | Stack, u: Tensor, steps: int, eps: float) -> Estimate:
+        stack, u = stacks[0], us[0]
+        if len(stacks) > 1:
+            stack, u = torch.cat([*stacks]), torch.cat([*us])  # type: ignore[list-item]
         for _ in range(steps):
             estimate = self.step(stack, u, eps)
             u = estimate.u
-        return estimate
+        if len(stacks) == 1:
+            return [estimate]
+        blocks = stacks[0].shape[0]
+        parts = [torch.split(part, blocks) for part in estimate]
+        if blocks == 1:
+            parts[3] = tuple(sigma.view(()) for sigma in parts[3])
+        return [Estimate(*part) for part in zip(*parts, strict=True)]
 
     def _move_sharded(
         self, stacks: list[ShardedStack], us: list[Tensor], steps: int, eps: float
@@ -116,13 +114,16 @@ class PowerIteration(BlockIteration):
         """Return the estimate of a step, with U = orth(T)."""
         if t.shape[1] > 1:
             u, sv = orthonormalise(t, eps)
-            usable = positive_mask(sv[:, :1].unsqueeze(-1))
-            u = u if usable is None else torch.where(usable, u, previous_u)
-            return Estimate.from_vectors(u, v, sv)
+            sigma = sv[0, 0] if len(sv) == 1 else sv[:, 0]
+            usable = positive_mask(sigma)
+            if usable is None:
+                return Estimate(u, v, sv, sigma)
+            u = torch.where(usable.view(-1, 1, 1), u, previous_u)
+            return Estimate(u, v, sv, torch.where(usable, sigma, 1.0))
+        norm = plain_norm(t, eps)
+        if norm is not None:
+            return Estimate(t.div_(norm), v, norm.view(1, 1), norm)
         norm = row_norms(t)
-        number = divisor_number(norm, eps)
-        if number is not None:
-            return Estimate(t.div_(number), v, norm.squeeze(-1), norm.view(()))
         usable = positive_mask(norm)
         length = norm
         if usable is not None:
@@ -133,7 +134,7 @@ class PowerIteration(BlockIteration):
             floored = (length / eps).clamp_max(1.0)
             norm, length = norm * floored, length * floored
         sigma = length.view(()) if len(t) == 1 else length.view(-1).to(v.real.dtype)
-        return Estimate(u, v, norm.squeeze(-1), sigma)
+        return Estimate(u, v, norm.squeeze(-1).to(v.real.dtype), sigma)
 
     def read(self, stack: Tensor | Stack, u: Tensor, eps: float) -> Estimate:
         """Return the estimate of the first vectors alone, which do not depend on the others."""

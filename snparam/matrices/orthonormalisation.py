@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from snparam.matrices import torch_private
 from snparam.matrices.products import real_dtype, wide_dtype
 
-# The range of norms whose reciprocals, and their products with entries, are normal in float32.
-_SMALLEST_NUMBER, _LARGEST_NUMBER = 1e-30, 1e30
+# The range of norms whose squares, and the squares of their larger entries, are normal in float32.
+_SMALLEST_PLAIN_NORM, _LARGEST_PLAIN_NORM = 1e-15, 1e15
+
+# Up to this many entries, torch's norm of a row in float32 is right to 3e-7; it is 1e-6 off at
+# 50,000.
+_MAX_SHORT_ROW = 1 << 13
 
 
 def orthonormal_rows(x: Tensor, eps: float = 0.0) -> Tensor:
@@ -42,8 +47,10 @@ def orthonormalise(x: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     Returns:
         the rows (b, k, n), and the inner products (b, k), real and not negative.
     """
-    rows, factor = triangular(x)
-    length = factor.diagonal(dim1=-2, dim2=-1).real
+    q, _, diagonal, phase, scale = _qr(x)
+    rows, length = (q * phase.unsqueeze(-2)).mT, diagonal.abs()
+    if scale is not None:
+        length = length * scale
     if eps > 0:
         floored = (length / eps).clamp(max=1.0)
         rows, length = rows * floored.unsqueeze(-1), length * floored
@@ -55,6 +62,19 @@ def triangular(x: Tensor) -> tuple[Tensor, Tensor]:
 
     The diagonal of R is real and not negative.
     """
+    q, r, _, phase, scale = _qr(x)
+    if scale is not None:
+        r = r * scale.unsqueeze(-2)  # column i of R is row i of x
+    return (q * phase.unsqueeze(-2)).mT, r * phase.conj().unsqueeze(-1)
+
+
+def _qr(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the QR decomposition of xᵀ, and what makes the diagonal of R real and positive.
+
+    Returns:
+        Q (b, n, k); R (b, k, k); the diagonal (b, k) of R; its phase (b, k), 1 for zero; and for
+        complex x the scale (b, k) by which its rows were divided first, else None.
+    """
     scale = None
     if x.is_complex():  # LAPACK's complex QR makes NaN of subnormal numbers, its real one does not
         parts = torch.view_as_real(x.resolve_conj())
@@ -64,20 +84,16 @@ def triangular(x: Tensor) -> tuple[Tensor, Tensor]:
     q, r = torch.linalg.qr(x.mT)
     diagonal = r.diagonal(dim1=-2, dim2=-1)
     if scale is None:
-        phase = torch.copysign(diagonal.new_ones(()), diagonal)
-    else:
-        phase = torch.sgn(diagonal) + (diagonal == 0)
-        r = r * scale.unsqueeze(-2)  # column i of R is row i of x, which was divided by its scale
-    return (q * phase.unsqueeze(-2)).mT, r * phase.conj().unsqueeze(-1)
+        return q, r, diagonal, torch.copysign(diagonal.new_ones(()), diagonal), None
+    return q, r, diagonal, torch.sgn(diagonal) + (diagonal == 0), scale
 
 
 def unit_rows(x: Tensor, eps: float, fill: float) -> Tensor:
     """Normalise rows (b, 1, n) in place; a row of zeros, or with NaN, is filled with `fill`."""
-    norm = row_norms(x)
-    number = divisor_number(norm, eps)
-    if number is not None:
-        return x.div_(number)
-    x = scaled_rows(x, norm, eps)
+    norm = plain_norm(x, eps)
+    if norm is not None:
+        return x.div_(norm)
+    x = scaled_rows(x, row_norms(x), eps)
     # In a complex entry the real and the imaginary part are replaced each, so `fill` is its
     # magnitude.
     return x.nan_to_num_(nan=fill * 0.5**0.5 if x.is_complex() else fill)
@@ -103,16 +119,21 @@ def scaled_rows(x: Tensor, norm: Tensor, eps: float) -> Tensor:
     return x if eps == 0 else x.mul_((norm / eps).clamp_max(1.0))
 
 
-def divisor_number(norm: Tensor, eps: float) -> float | None:
-    """Return the number to divide a row by for its norm, or None where a tensor has to be used.
+def plain_norm(x: Tensor, eps: float) -> Tensor | None:
+    """Return the norm () of a single row (1, 1, n) to divide it by, in its own dtype, or None.
 
-    A tensor has to be used for several rows, where the norm may not be read, with a floor under it,
-    and where the norm lies outside of the range in which float32 divides accurately.
+    None is returned for several rows, where a norm may not be read, where there is a floor under
+    it, and where it may be zero, not finite, or inaccurate in that dtype: `row_norms` and
+    `scaled_rows` are right there too, and take longer.
     """
-    if eps > 0 or norm.numel() != 1 or not reads_freely(norm):
+    if eps > 0 or x.shape[0] != 1 or x.shape[1] != 1 or not reads_freely(x):
         return None
-    number = norm.item()
-    return number if _SMALLEST_NUMBER < number < _LARGEST_NUMBER else None
+    norm: Tensor
+    if x.shape[2] <= _MAX_SHORT_ROW:
+        norm = torch.linalg.vector_norm(x)
+    else:
+        norm = row_norms(x).view(()).to(real_dtype(x.dtype))
+    return norm if _SMALLEST_PLAIN_NORM < norm.item() < _LARGEST_PLAIN_NORM else None
 
 
 def positive_mask(x: Tensor) -> Tensor | None:
@@ -138,8 +159,9 @@ def reads_freely(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and not is_batched(x)
+        and not is_compiling()
+        and not torch_private.functorch_is_active()
+        and not torch_private.is_batch_of_gradients(x)
         and torch_private.tracing_state() is None
         and not (
             torch_private.dispatch_mode_count()

@@ -24,8 +24,9 @@ _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 # cores.
 _MANY_ROWS, _MANY_PRODUCTS = 8, 12 << 20
 
-# The number of entries up to which a batched product with one vector is as fast as `torch.mv` and
-# the views around it: 4x at 64x64, 3x at 192x192, equal at 512x512, on two cores.
+# The number of entries up to which a batched product with one vector is faster than `torch.mv`,
+# which BLAS does best, and the views around it: 4x at 64x64, 3x at 192x192, equal at 512x512, on
+# two cores.
 _MAX_SMALL_ENTRIES = 1 << 16
 
 # The number of entries from which a matrix outgrows one core's cache.
@@ -80,24 +81,19 @@ def left_product(stack: Tensor | Stack, u: Tensor) -> Tensor:
     """Return U conj(W), (b, k, n), for u (b, k, m)."""
     if not isinstance(stack, Tensor):
         return stack.left(u)
-    if _is_matrix_vector_product(stack, u):
-        return torch.mv(stack[0].mH, u.view(-1)).view(1, 1, -1)
     conjugate = stack.conj() if stack.is_complex() else stack
-    bands = _row_bands(stack) if stack.numel() >= _MIN_BANDED_ENTRIES else 1
+    entries = stack.numel()
+    if entries <= _MAX_SMALL_ENTRIES:
+        return torch.bmm(u, conjugate)
+    if u.shape[0] == u.shape[1] == 1:
+        return torch.mv(stack[0].mH, u.view(-1)).view(1, 1, -1)
+    bands = _row_bands(stack) if entries >= _MIN_BANDED_ENTRIES else 1
     if bands == 1:
         return torch.bmm(u, conjugate)
     k, (rows, columns) = u.shape[1], (stack.shape[1] // bands, stack.shape[2])
     u_bands = u.reshape(k, bands, rows).transpose(0, 1)
     products = torch.bmm(u_bands, conjugate.view(bands, rows, columns))
     return products.sum(0, keepdim=True) if bands > 2 else products[:1].add_(products[1:])
-
-
-def _is_matrix_vector_product(stack: Tensor, vectors: Tensor) -> bool:
-    """Return whether one vector meets one matrix that is large enough for `torch.mv`.
-
-    BLAS does such a product best, but the views that it takes cost more than a small one.
-    """
-    return vectors.shape[0] == vectors.shape[1] == 1 and stack.numel() > _MAX_SMALL_ENTRIES
 
 
 def _row_bands(stack: Tensor) -> int:
@@ -123,9 +119,10 @@ def right_product(stack: Tensor | Stack, v: Tensor) -> Tensor:
     """Return V Wᵀ, (b, k, m), for v (b, k, n)."""
     if not isinstance(stack, Tensor):
         return stack.right(v)
-    if _is_matrix_vector_product(stack, v):
+    blocks, rows, _ = v.shape
+    entries = stack.numel()
+    if blocks == rows == 1 and entries > _MAX_SMALL_ENTRIES:
         return torch.mv(stack[0], v.view(-1)).view(1, 1, -1)
-    rows = v.shape[1]
-    if rows >= _MANY_ROWS and rows * stack[0].numel() >= _MANY_PRODUCTS:
+    if rows >= _MANY_ROWS and rows * (entries // blocks) >= _MANY_PRODUCTS:
         return torch.bmm(stack, v.mT).mT
     return torch.bmm(v, stack.mT)

@@ -305,12 +305,22 @@ _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 )
 def has_global_hooks() -> bool:
     """Return whether hooks are registered for the calls, or the gradients, of all modules."""
-    return any(getattr(nn_module, f"_global{table}") for table in _CALL_HOOKS)
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
 
 
 def has_call_hooks(module: nn.Module) -> bool:
     """Return whether hooks are registered for the calls, or the gradients, of a module."""
-    return any(getattr(module, table) for table in _CALL_HOOKS)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 @_requires(

@@ -17,7 +17,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-import torch
+from torch import is_grad_enabled
 
 from snparam.estimators.estimate import Estimate
 from snparam.matrices import torch_private
@@ -62,9 +62,6 @@ class _Regions(NamedTuple):
     recomputed: Any
 
 
-_NO_REGIONS = _Regions([], None)
-
-
 def in_backward() -> bool:
     """Return whether this thread runs a backward pass, in which a forward is a recomputation."""
     return torch_private.backward_pass() != -1
@@ -88,6 +85,8 @@ def keep_estimate(
         holding_regions: the regions in which the same forward of the layer has kept it already;
             those that keep it now are appended.
     """
+    if saved_tensors_hook() is None and is_grad_enabled() and not in_backward():
+        return  # no region runs: most reads are over here
     regions = _regions()
     if regions.running:
         _keep_entry(regions, state, (estimate, at_map), holding_regions)
@@ -186,8 +185,6 @@ def _keep_entry(
 
 def _regions() -> _Regions:
     """Return the runs around the current code, out to the first that is being recomputed."""
-    if saved_tensors_hook() is None and torch.is_grad_enabled() and not in_backward():
-        return _NO_REGIONS
     running: list[Any] = []
     recomputed = None
     for region, is_recomputed in torch_private.checkpointed_runs():

@@ -87,8 +87,8 @@ def norms_of(module: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
         return
     lists: Any = children["parametrizations"]
     if isinstance(lists, nn.ModuleDict):
-        for name, parametrizations in lists.items():
-            for parametrization in parametrizations:  # type: ignore[attr-defined]
+        for name, parametrizations in lists._modules.items():
+            for parametrization in parametrizations._modules.values():
                 if isinstance(parametrization, SpectralNorm):
                     yield name, parametrization
 

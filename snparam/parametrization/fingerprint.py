@@ -27,10 +27,10 @@ class Fingerprint:
 
     def matches(self, *tensors: Tensor) -> bool:
         """Return whether these are the same tensors, unchanged since the fingerprint was taken."""
-        are_same = all(
-            tensor is other for tensor, other in zip(self._tensors, tensors, strict=True)
-        )
-        return are_same and tuple(map(version_of, tensors)) == self._versions
+        for tensor, other, version in zip(self._tensors, tensors, self._versions, strict=True):
+            if tensor is not other or version_of(tensor) != version:
+                return False
+        return True
 
 
 def version_of(tensor: Tensor) -> int | None:

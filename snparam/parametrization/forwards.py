@@ -74,7 +74,8 @@ def _output_at_linear_map(
 
 def distinct_norms(owner: nn.Module) -> list[SpectralNorm]:
     """Return the states of a module's own weights, each once."""
-    return list({id(norm): norm for _, norm in norms_of(owner)}.values())
+    norms = [norm for _, norm in norms_of(owner)]
+    return norms if len(norms) < 2 else list(dict.fromkeys(norms))
 
 
 def _traced_forward(

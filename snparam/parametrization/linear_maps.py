@@ -35,6 +35,12 @@ from snparam.parametrization.spectral_norm import Reading, SpectralNorm
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARDS = {kind.forward for kind in (nn.Linear, *_CONVOLUTIONS)}
 
+# For each dtype that may be used, the range of a factor that may multiply an input or an output.
+_RANGES = {
+    dtype: (torch.finfo(dtype).tiny ** 0.75, torch.finfo(dtype).max)
+    for dtype in (torch.float32, torch.float64)
+}
+
 
 def is_linear_map(owner: nn.Module, base: type[nn.Module]) -> bool:
     """Return whether a module computes x ⋆ W + b and nothing else, W one matrix under a division.
@@ -98,7 +104,7 @@ def can_use_linear_map(owner: nn.Module, norm: SpectralNorm, x: object) -> bool:
         and type(weight) is nn.Parameter
         and (bias is None or (type(bias) is nn.Parameter and bias.dtype == weight.dtype))
         and x.dtype == weight.dtype
-        and x.dtype in (torch.float32, torch.float64)
+        and x.dtype in _RANGES
         and x.device == weight.device
         and x.numel() > 0
         and x.layout == torch.strided
@@ -170,9 +176,7 @@ class _LinearMap(torch.autograd.Function):
         if geometry is not None:
             return _convolve(x, weight, bias, scale, geometry)
         out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-        _write_product(
-            x.reshape(-1, x.shape[-1]), weight.t(), scale, out.view(-1, len(weight)), bias
-        )
+        _write_product(_rows(x), weight.t(), scale, _rows(out), bias)
         return out
 
     @staticmethod
@@ -233,10 +237,10 @@ def _gradients(
     # which takes no further pass on a CPU.
     scaled = not needed[3]
     if geometry is None:
-        g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        g, rows = _rows(grad), _rows(x)
         if needed[0]:
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-            _write_product(g, weight, scale, grad_x.view(rows.shape))
+            _write_product(g, weight, scale, _rows(grad_x))
         if needs_map:
             grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
             _write_product(g.t(), rows, scale if scaled else None, grad_weight)
@@ -272,6 +276,11 @@ def _gradients(
         grad_bias,
         grad_numerator if needed[3] else None,
     )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return a tensor (..., n) as rows (N, n)."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _subtract_rank_one(
@@ -343,8 +352,8 @@ def _needs_weight_in_use(scale: float | Tensor, weight: Tensor) -> bool:
     """
     if isinstance(scale, Tensor):
         return False
-    info = torch.finfo(weight.dtype)
-    return not info.tiny**0.75 <= abs(scale) <= info.max
+    smallest, largest = _RANGES[weight.dtype]
+    return not smallest <= abs(scale) <= largest
 
 
 def _apply_map(
@@ -353,9 +362,8 @@ def _apply_map(
     """Return x ⋆ W + b for the weight W in use, as the ordinary layer computes it."""
     if geometry is None:
         # For one vector `F.linear` returns a view, which a Function may not return unchanged.
-        return F.linear(x.reshape(-1, x.shape[-1]), weight_in_use, bias).reshape(
-            *x.shape[:-1], len(weight_in_use)
-        )
+        out = F.linear(_rows(x), weight_in_use, bias)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
     convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
     return convolve(x, weight_in_use, bias, *geometry)  # type: ignore[no-any-return]
 

@@ -28,11 +28,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from itertools import count
 from threading import get_ident
+from types import MappingProxyType
 from typing import Any
 from weakref import ReferenceType, WeakSet, ref
 
@@ -78,6 +79,8 @@ _TRANSIENT = (
     "moved_at",
     "number",
 )
+
+_NO_PARAMETERS: Mapping[str, Tensor] = MappingProxyType({})
 
 # Numbers states in the order in which they are made. That order is the same on all ranks, which
 # have to move the states of sharded weights in one order.
@@ -289,7 +292,7 @@ class SpectralNorm(nn.Module):
             return self._read_traced(weight)
         reading = self._shared_reading or self._readings.get(get_ident())
         if reading is None:
-            return self._compute_weight(weight, Reading())
+            return self._compute_weight(weight, None)
         is_shared = reading is self._shared_reading
         kind = (
             is_grad_enabled(),
@@ -350,24 +353,22 @@ class SpectralNorm(nn.Module):
         if not self.training:
             return self._unstored_estimate(weight)
         reading = reading or Reading()
-        if reading.estimate is not None:
-            # A checkpointed region may have begun since the estimate was made.
-            keep_estimate(self, reading.estimate, reading.at_map, reading.regions)
-            return reading.estimate
-        if in_backward():
+        estimate = reading.estimate
+        if estimate is None and in_backward():
             estimate, reading.at_map = repeated_estimate(
                 self, self._last_estimate, reading.at_map, reading.regions
             )
             if estimate is None:
                 estimate = self._unstored_estimate(weight)
         else:
-            with _normal_tensors(weight):
+            if estimate is None:
                 estimate = self._training_estimate(weight)
+            # Also for an estimate of before: a checkpointed region may have begun since then.
             keep_estimate(self, estimate, reading.at_map, reading.regions)
         reading.estimate = estimate
         return estimate
 
-    def _compute_weight(self, weight: Tensor, reading: Reading) -> Tensor:
+    def _compute_weight(self, weight: Tensor, reading: Reading | None) -> Tensor:
         if not (
             is_autocast_on(weight)
             or torch_private.dispatch_mode_count()
@@ -385,9 +386,10 @@ class SpectralNorm(nn.Module):
         )  # fmt: skip
 
     @property
-    def parameters_of_constraint(self) -> dict[str, Tensor]:
+    def parameters_of_constraint(self) -> Mapping[str, Tensor]:
         """The tensors that the constraint keeps beside the state (a gain's γ), by name."""
-        return {name: getattr(self, name) for name in self._parameter_names}
+        names = self._parameter_names
+        return {name: getattr(self, name) for name in names} if names else _NO_PARAMETERS
 
     @property
     def has_gain(self) -> bool:
@@ -402,16 +404,18 @@ class SpectralNorm(nn.Module):
         stack = stack_of(weight.detach(), self.view)
         return self._estimator.read(stack, self.u.to(stack.dtype), self.settings.eps)
 
-    @torch.no_grad()
     def _training_estimate(self, weight: Tensor) -> Estimate:
         """Return the estimate that a training forward uses, moving the state if that is due."""
+        if is_inference_mode_enabled() and not weight.is_inference():
+            with torch.inference_mode(False):  # autograd may use what is made here later
+                return self._training_estimate(weight)
         stepwise = self.settings.update == "step"
         if stepwise and self._is_up_to_date(weight):
             estimate = self._stored_estimate(weight)
         elif self._frozen_depth:
             estimate = self._unstored_estimate(weight)
         else:
-            estimate = self._move(weight)
+            estimate = self.move(weight)
             if stepwise:
                 self.note_estimate(weight, estimate)
         self.__dict__["_last_estimate"] = estimate  # a module's own way to set it takes longer
@@ -444,18 +448,15 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def move(self, weight: Tensor) -> Estimate:
         """Move the state by `num_itrs` steps on a weight, and return the estimate."""
-        return self._move(weight)
-
-    def _move(self, weight: Tensor) -> Estimate:
-        """Do what `move` says, where gradients are off."""
         stack, settings = stack_of(weight.detach(), self.view), self.settings
-        u: Any = self._buffers["u"]
+        buffers: Any = self._buffers
+        u = buffers["u"]
         us = [u if u.dtype == stack.dtype else u.to(stack.dtype)]
         (estimate,) = self._estimator.move([stack], us, settings.num_itrs, settings.eps)
         for name in self._estimator.buffers:
-            self._buffers[name].copy_(getattr(estimate, name))  # type: ignore[union-attr]
+            buffers[name].copy_(getattr(estimate, name))
         if settings.update == "step":
-            self.v.copy_(estimate.v)
+            buffers["v"].copy_(estimate.v)
         return estimate
 
     def note_estimate(self, weight: Tensor, estimate: Estimate) -> None:
@@ -487,11 +488,12 @@ class SpectralNorm(nn.Module):
         if kept is not None and kept[1] == order and kept[0].matches(*self.state_buffers()):
             return kept[2]
         # The buffers are new, loaded or moved, or were written to by others, to be used.
-        u, v, sv = (x.to(compute_dtype(x.dtype), copy=True) for x in self.state_buffers())
-        if kept is not None and kept[1] != order:  # v has the former order of columns
-            stack = stack_of(weight.detach(), self.view)
-            v = right_vectors(left_product(stack, u.to(stack.dtype)), self.settings.eps)
-        estimate = Estimate.from_vectors(u, v, sv)
+        with torch.no_grad():
+            u, v, sv = (x.to(compute_dtype(x.dtype), copy=True) for x in self.state_buffers())
+            if kept is not None and kept[1] != order:  # v has the former order of columns
+                stack = stack_of(weight.detach(), self.view)
+                v = right_vectors(left_product(stack, u.to(stack.dtype)), self.settings.eps)
+            estimate = Estimate.from_vectors(u, v, sv)
         self._keep_estimate(weight, estimate)
         return estimate
 
@@ -683,13 +685,6 @@ class SpectralNorm(nn.Module):
 def _placement(weight: Any) -> object:
     """Return how a weight is sharded over ranks, or None."""
     return str(weight.placements) if is_sharded(weight) else None
-
-
-def _normal_tensors(weight: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which even inference mode makes tensors that autograd can use later."""
-    if is_inference_mode_enabled() and not weight.is_inference():
-        return torch.inference_mode(False)
-    return nullcontext()
 
 
 @contextmanager
