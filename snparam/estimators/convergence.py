@@ -57,7 +57,7 @@ def converged(
         if scale == 0:
             # All vectors are singular vectors of zero. Training would hardly ever make it a matrix
             # to which these are orthogonal.
-            rows = _quasi_random(k, matrices.shape[1], matrices.device, wide)
+            rows = quasi_random(k, matrices.shape[1], matrices.device, wide)
             u, sv = orthonormal_rows(rows.unsqueeze(0))[0], rows.new_zeros(k, dtype=torch.float64)
         elif isinstance(matrices, Tensor):
             u, sv = _top_of_matrix(matrices[block], scale, k, wide, tolerance)
@@ -216,7 +216,7 @@ def _top_by_lanczos(
     """
     size = matrix.size
     width = min(k + 1, size)
-    start = _quasi_random(width, size, matrix.stack.device, wide)
+    start = quasi_random(width, size, matrix.stack.device, wide)
     basis = block = orthonormal_rows(start.unsqueeze(0))[0]
     images = basis.new_empty((0, size))
     for blocks in count(1):
@@ -246,7 +246,7 @@ def _top_by_lanczos(
     return (_fix_sign(ritz) if matrix.by_rows else longer_side), sv
 
 
-def _quasi_random(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def quasi_random(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return rows of a Weyl sequence in (−1, 1), with no structure that a weight would share."""
     grid = torch.arange(1, rows * columns + 1, dtype=torch.float64, device=device)
     golden = (math.sqrt(5.0) - 1) / 2
