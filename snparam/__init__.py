@@ -3,7 +3,13 @@
 from snparam.checkpoints import load, spellings  # noqa: F401 - these register themselves
 from snparam.checkpoints.optimizer_state import optimizer_state_dict_for
 from snparam.checkpoints.save import plain_state_dict, state_dict_for
-from snparam.constraints import bound, fixed, gain  # noqa: F401 - these register themselves
+from snparam.constraints import (  # noqa: F401 - these register themselves
+    bound,
+    clip,
+    fixed,
+    gain,
+    stable_rank,
+)
 from snparam.conversion.convert import convert_model
 from snparam.conversion.plan import ConversionPlan, plan_conversion
 from snparam.conversion.register import register_sn, remove_sn
@@ -17,6 +23,7 @@ from snparam.parametrization.gains import gain_parameters, parameter_groups
 from snparam.parametrization.refresh import refresh
 from snparam.parametrization.spectral_norm import SpectralNorm
 from snparam.parametrization.update import update
+from snparam.spectrum.penalty import SpectralPenalty, spectral_penalty
 from snparam.spectrum.values import singular_values
 from snparam.spectrum.verify import verify
 from snparam.systems import (  # noqa: F401 - these register themselves
@@ -35,6 +42,7 @@ __all__ = [
     "ConversionPlan",
     "Layout",
     "SpectralNorm",
+    "SpectralPenalty",
     "cached",
     "convert_model",
     "frozen",
@@ -49,6 +57,7 @@ __all__ = [
     "remove_sn",
     "restore_model",
     "singular_values",
+    "spectral_penalty",
     "state_dict_for",
     "update",
     "verify",

@@ -42,12 +42,13 @@ def check_norm_is_one(weight: NormalisedWeight, spelling: str) -> None:
     if blocks > 1:
         raise inexpressible(weight, target, f"it has blocks={blocks} with a σ each, not one")
     constraint = settings.constraint_name
-    if not CONSTRAINTS[constraint].divides_by_sigma(settings):
-        options = (
-            f"constraint={constraint!r}, coeff={settings.coeff:g}, soft={settings.soft}, "
-            f"gain={settings.gain!r}"
+    options = settings.for_matrices(weight.norm.view.matrices)
+    if not CONSTRAINTS[constraint].divides_by_sigma(options):
+        given = (
+            f"constraint={constraint!r}, coeff={options.coeff:g}, soft={settings.soft}, "
+            f"gain={settings.gain!r}, clip={settings.clip!r}, stable_rank={settings.stable_rank!r}"
         )
-        raise inexpressible(weight, target, f"{options} make another weight than W / σ")
+        raise inexpressible(weight, target, f"{given} make another weight than W / σ")
 
 
 def inexpressible(weight: NormalisedWeight, target: str, reason: str) -> ValueError:

@@ -5,6 +5,9 @@ c · W / σ             coeff=c: the norm is held at c
 W / max(1, σ / c)     soft=True, coeff=c: the norm is held at no more than c (SNGP, Liu et al.
                       2020)
 γ · W / σ             gain: the norm is γ, fixed, or learned (σReparam, Zhai et al. 2023)
+W − Σ (σᵢ − c)⁺ uᵢvᵢᴴ clip=c: tracked singular values above c are cut to c (BigGAN, Brock et al.
+                      2019)
+uvᴴ + t (W / σ − uvᴴ) stable_rank=r: norm 1, and stable rank at most r (Sanyal et al. 2020)
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from snparam.constraints.division import Divisor, divide
-from snparam.estimators.estimate import Estimate
+from snparam.estimators.estimate import ESTIMATORS, Estimate
+from snparam.matrices import torch_private
 from snparam.matrices.views import View
 
 
@@ -23,8 +27,8 @@ class Options(Protocol):
     """The options of a constraint: attributes of the settings that a weight is registered with."""
 
     @property
-    def coeff(self) -> float:
-        """The norm, or its bound, c."""
+    def coeff(self) -> Any:
+        """The norm, or its bound, c: a number, but in `Constraint.check` it may be `"mup"`."""
 
     @property
     def soft(self) -> bool:
@@ -33,6 +37,18 @@ class Options(Protocol):
     @property
     def gain(self) -> Any:
         """`"learned"` or `"fixed"` where there is a γ, else None."""
+
+    @property
+    def clip(self) -> Any:
+        """The value to which larger singular values are cut, or None."""
+
+    @property
+    def stable_rank(self) -> Any:
+        """The bound of the stable rank, or None."""
+
+    @property
+    def sigma(self) -> str:
+        """Name of the estimator."""
 
 
 Parameters = Mapping[str, Tensor]
@@ -45,9 +61,14 @@ class Constraint:
 
     Attributes:
         name: value of the option `constraint` that selects it.
+        uses_all_triplets: whether `apply` reads all tracked vectors and values of the estimate, and
+            not the first alone.
+        takes_shards: whether `apply` takes sharded weights (DTensors).
     """
 
     name: str
+    uses_all_triplets = False
+    takes_shards = True
 
     def check(self, options: Options) -> None:
         """Check the options that belong to this constraint.
@@ -104,6 +125,16 @@ class Constraint:
         """
         return False
 
+    def note(self, sv: Tensor, options: Options, rank: int) -> str:
+        """Return what the plan says of a weight, "" for nothing.
+
+        Args:
+            sv: (b, k), the tracked singular values of the weight.
+            options: options that the weight is registered with.
+            rank: number of singular values that each block has, min(m, n).
+        """
+        return ""
+
 
 class Division(Constraint):
     """A constraint that divides each block by a function of its σ.
@@ -137,6 +168,84 @@ class Division(Constraint):
         if u.shape[1] > 1:
             u, v = u[:, 0], v[:, 0]
         return divide(weight, divisor, u, v, view, plain=plain)
+
+
+class TripletFunction(Constraint):
+    """A constraint that computes with singular triplets, and so needs the whole matrices.
+
+    A subclass writes `matrices_in_use`, from which `apply` follows. It does not take sharded
+    weights: its gradient has products with the matrix that no rank has.
+
+    A program that torch.jit.trace records can save no autograd Function, and so gives the original
+    no gradient, rather than a wrong one.
+    """
+
+    takes_shards = False
+
+    def matrices_in_use(self, matrices: Tensor, estimate: Estimate, options: Options) -> Tensor:
+        """Return the matrices of the weight in use, differentiable any number of times.
+
+        Args:
+            matrices: those of the original, (b, m, n), in the dtype of the estimate's vectors.
+            estimate: their singular vectors and values, constant to autograd.
+            options: options that the weight is registered with.
+        """
+        raise NotImplementedError
+
+    def apply(
+        self,
+        weight: Tensor,
+        estimate: Estimate,
+        parameters: Parameters,
+        options: Options,
+        view: View,
+        *,
+        plain: bool,
+    ) -> Tensor:
+        """Return the weight in use, in the shape, dtype and strides of the original."""
+        if torch_private.tracing_state() is not None:
+            weight = weight.detach()
+        matrices = view.to_matrices(weight).to(estimate.u.dtype)
+        out = self.matrices_in_use(matrices, estimate, options)
+        return view.from_matrices(out, like=weight).to(weight.dtype)
+
+
+def refuse_other_norms(given: str, options: Options, *others: str) -> None:
+    """Refuse options that say something else about the singular values than the one given.
+
+    Args:
+        given: the option that was given, with its value, for the error.
+        options: all options.
+        others: names of the options that contradict it: they have to be at their defaults.
+
+    Raises:
+        ValueError: if one of them is set.
+    """
+    defaults = {"coeff": 1, "soft": False}
+    for name in others:
+        value = getattr(options, name)
+        if value != defaults.get(name):
+            raise ValueError(
+                f"{given} and {name}={value!r}: each says what becomes of the singular values; "
+                "pass one of them"
+            )
+
+
+def refuse_upper_bounds(given: str, options: Options) -> None:
+    """Refuse an estimator whose σ is an upper bound, which belongs to no singular vectors.
+
+    Args:
+        given: the option that was given, with its value, for the error.
+        options: all options.
+
+    Raises:
+        ValueError: if the estimator of the options is one.
+    """
+    if ESTIMATORS[options.sigma].side == "above":
+        raise ValueError(
+            f"{given} changes singular triplets, and sigma={options.sigma!r} is a bound without "
+            "vectors; pass sigma='rayleigh-ritz'"
+        )
 
 
 CONSTRAINTS: dict[str, Constraint] = {}

@@ -26,7 +26,7 @@ class Fixed(Division):
 
     def divides_by_sigma(self, options: Options) -> bool:
         """Return whether c is 1."""
-        return options.coeff == 1
+        return bool(options.coeff == 1)
 
 
 register_constraint(Fixed())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
+from snparam.constraints.constraint import CONSTRAINTS
 from snparam.conversion.arguments import documents_arguments
 from snparam.conversion.selection import Filter, Selection, Selectors
 from snparam.conversion.tables import aligned_table
@@ -410,7 +411,7 @@ def _with_estimate(
     """
     weight = row.record
     if row.shares is not None:
-        return replace(row, sigma=float(row.shares.sv[:, 0].max()))
+        return _with_note(row, row.shares.sv)
     if weight.key not in estimates:
         try:
             estimates[weight.key] = weight.estimate()
@@ -419,7 +420,24 @@ def _with_estimate(
     estimate = estimates[weight.key]
     if isinstance(estimate, ValueError):
         return replace(row, decision=REFUSE, reason=str(estimate))
-    return replace(row, sigma=float(estimate[1][:, 0].max()), estimate=estimate)
+    return replace(_with_note(row, estimate[1]), estimate=estimate)
+
+
+def _with_note(row: PlanRow, sv: Tensor) -> PlanRow:
+    """Return the row of a weight to convert with its σ and what its constraint says of it.
+
+    Args:
+        row: the row.
+        sv: (b, k), the tracked singular values of the weight.
+    """
+    weight = row.record
+    assert weight.view is not None
+    options = weight.settings.for_matrices(weight.view.matrices)
+    note = CONSTRAINTS[options.constraint_name].note(sv, options, weight.available)
+    if weight.settings.coeff == "mup":
+        note = f"{note}; " * bool(note) + f"coeff={options.coeff:.4g}, √(rows / columns)"
+    reason = "; ".join(part for part in (row.reason, note) if part)
+    return replace(row, sigma=float(sv[:, 0].max()), reason=reason)
 
 
 def _with_progress(rows: Sequence[PlanRow], progress: bool | None) -> Iterable[PlanRow]:

@@ -9,9 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from snparam.constraints.constraint import CONSTRAINTS
 from snparam.conversion.wrappers import FLAT, flattens, wrapper_problem
 from snparam.estimators.completion import complete_state
-from snparam.layers.table import Path, is_packed, layer_type, layouts_of, note_on, obstacle_in
+from snparam.layers.table import (
+    Path,
+    is_lookup,
+    is_packed,
+    layer_type,
+    layouts_of,
+    note_on,
+    obstacle_in,
+)
 from snparam.layers.tensors import QUANTISE_LAST, Problem, is_lazy, reading_problem, tensor_problem
 from snparam.layers.torch_norms import (
     TorchSpectralNorm,
@@ -22,6 +31,7 @@ from snparam.layers.torch_norms import (
 )
 from snparam.matrices.orthonormalisation import orthonormal_rows
 from snparam.matrices.products import real_dtype
+from snparam.matrices.sharded import is_sharded
 from snparam.matrices.stacks import compute_dtype, is_finite, stack_of
 from snparam.matrices.views import Layout, View
 from snparam.parametrization.find import is_normalised, norm_on, qualified_name
@@ -321,7 +331,25 @@ def _registration_problem(
         return problem
     if obstacle is not None:
         return Problem(obstacle, "change that, or leave this layer out")
-    return tensor_problem(tensor)
+    return tensor_problem(tensor) or _constraint_problem(owner, tensor, settings)
+
+
+def _constraint_problem(owner: nn.Module, tensor: Tensor, settings: Settings) -> Problem | None:
+    """Return why the constraint of the options cannot hold a tensor, or None."""
+    name = settings.constraint_name
+    if is_sharded(tensor) and not CONSTRAINTS[name].takes_shards:
+        return Problem(
+            f"it is sharded, and {name!r} needs the whole weight",
+            "convert_model first, then fully_shard; or pass coeff= or soft=True instead",
+            refuses=True,
+        )
+    if settings.coeff == "mup" and is_lookup(owner):
+        return Problem(
+            "coeff='mup' is the norm of a matrix that multiplies, and an embedding looks rows up, "
+            "whose lengths of their own should be √columns",
+            "leave it out, or pass a number",
+        )
+    return None
 
 
 def _torch_norm_problem(spectral: TorchSpectralNorm) -> Problem:

@@ -34,6 +34,7 @@ class LayerType:
             glob, dotted; `*` matches dots as well) to what this type says about it: a layout (or a
             function from the module to one), in place of that of the module whose tensor it is; a
             string, the reason to leave it alone; None, nothing. The first name that matches counts.
+        is_lookup: whether the weights are tables whose rows are looked up, and multiply nothing.
     """
 
     types: tuple[type[nn.Module], ...] = ()
@@ -43,6 +44,7 @@ class LayerType:
     restore: Callable[[nn.Module], None] | None = None
     names: tuple[str, ...] = ()
     inside: Mapping[str, Note] = field(default_factory=dict)
+    is_lookup: bool = False
 
     def is_for(self, cls: type) -> bool:
         """Return whether the row names exactly this class; its bases are asked about separately."""

@@ -105,6 +105,12 @@ def obstacle_in(module: nn.Module) -> str | None:
     return None if row is None or row.obstacle is None else row.obstacle(module)
 
 
+def is_lookup(module: nn.Module) -> bool:
+    """Return whether the table says that the rows of a module's weights are looked up."""
+    row = layer_type(module)
+    return row is not None and row.is_lookup
+
+
 def note_on(path: Path, tensor_name: str) -> Layout | str | None:
     """Return the layout, or the reason to leave it alone, that the modules around a tensor give.
 

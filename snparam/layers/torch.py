@@ -71,7 +71,9 @@ TYPES: list[LayerType] = [
         (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
         {"weight": _transposed_groups},
     ),
-    LayerType((nn.Embedding, nn.EmbeddingBag), {"weight": _rows}, _embedding_obstacle),
+    LayerType(
+        (nn.Embedding, nn.EmbeddingBag), {"weight": _rows}, _embedding_obstacle, is_lookup=True
+    ),
     LayerType(
         (nn.MultiheadAttention,),
         {

@@ -127,7 +127,9 @@ def linear_map(owner: nn.Module, norm: SpectralNorm, x: Tensor, reading: Reading
     weight, bias, estimate = lists.original, owner._parameters["bias"], reading.estimate
     assert estimate is not None
     constraint: Any = norm._constraint
-    divisor = constraint.divisor(estimate.sigma, norm.parameters_of_constraint, norm.settings)
+    divisor = constraint.divisor(
+        estimate.sigma, norm.parameters_of_constraint, norm._constraint_options
+    )
     out: Tensor = _LinearMap.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, divisor.numerator, divisor, _first_row(estimate.u),
         _first_row(estimate.v), norm.view, _geometry(owner),

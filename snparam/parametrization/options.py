@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict, TypeVar, cast
 
 from snparam.constraints.constraint import CONSTRAINTS
@@ -43,7 +43,10 @@ update: when the state moves. `"forward"` (the default, the classic method): in 
     D(real) + D(fake) and checkpointing cost nothing more and agree exactly. Before the
     first step of an optimizer, and after a change of the weight that no optimizer made,
     training forwards move the state as with `"forward"`.
-coeff: c, the norm to hold instead of 1: c · W / σ. Default 1.0.
+coeff: c, the norm to hold instead of 1: c · W / σ. `"mup"` stands for √(rows / columns)
+    of the matrices that the weight is read as, the radius of the spectral scaling
+    condition (Yang, Simon and Bernstein 2023); a convolution counts its kernel among the
+    columns, and embeddings, which multiply nothing, are left out. Default 1.0.
 soft: whether c is a bound only: W / max(1, σ / c), which leaves weights with σ ≤ c
     untouched, to the bit (SNGP, Liu et al. 2020). Default False.
 gain: γ · W / σ, one γ for each matrix, that starts at σ of the weight, so that the module
@@ -51,13 +54,20 @@ gain: γ · W / σ, one γ for each matrix, that starts at σ of the weight, so 
     2023), to be given to the optimizer (see `parameter_groups`). `"fixed"`: γ is a buffer.
     None (the default): there is no γ; the norm is 1, and the module computes another
     function than before. γ of a zero matrix is 1.
+clip: c, the value to which the tracked singular values above it are cut, while the rest of
+    the weight stays (Brock et al. 2019, equation 4). The norm is then at most c, if no more
+    than `num_svs` singular values exceed c; `verify` says by how much it misses.
+    `sigma="rayleigh-ritz"` tracks close values better. None (the default): W is divided.
+stable_rank: r, at least 1: the norm is 1, or c with `coeff=c`, and the stable rank
+    ‖W‖_F² / σ² at most r; all singular values but the first are shrunk by one factor
+    (Sanyal et al. 2020). None (the default): they are not.
 sigma: how σ is found. `"power"` (the default): the classic iteration. `"rayleigh-ritz"`:
     each step also turns the `num_svs` vectors that it has found so that the first is the
     best in their span, for the same two products; with `num_svs=2` and more it follows a
     weight whose second singular value overtakes the first, which the classic order loses
     for many steps.
 constraint: what is done with σ, by the name under which a constraint is registered. None
-    (the default): what `coeff`, `soft` and `gain` say."""
+    (the default): what `coeff`, `soft`, `gain`, `clip` and `stable_rank` say."""
 
 
 class Options(TypedDict, total=False):
@@ -70,9 +80,11 @@ class Options(TypedDict, total=False):
     init: Literal["converged", "random"]
     eps: float
     update: Literal["forward", "step"]
-    coeff: float
+    coeff: float | Literal["mup"]
     soft: bool
     gain: Literal["learned", "fixed"] | None
+    clip: float | None
+    stable_rank: float | None
     sigma: str
     constraint: str | None
 
@@ -87,9 +99,11 @@ class Settings:
     init: Literal["converged", "random"] = "converged"
     eps: float = 0.0
     update: Literal["forward", "step"] = "forward"
-    coeff: float = 1.0
+    coeff: float | Literal["mup"] = 1.0
     soft: bool = False
     gain: Literal["learned", "fixed"] | None = None
+    clip: float | None = None
+    stable_rank: float | None = None
     sigma: str = "power"
     constraint: str | None = None
 
@@ -115,26 +129,56 @@ class Settings:
         self._check_constraint()
 
     def _check_constraint(self) -> None:
-        if isinstance(self.coeff, bool) or not isinstance(self.coeff, int | float):
-            raise TypeError(f"coeff={self.coeff!r}: expected a number")
-        if not 0 < self.coeff < math.inf:
-            raise ValueError(f"coeff={self.coeff!r}: expected a finite number above 0")
+        if self.coeff != "mup":
+            _check_positive("coeff", self.coeff, " or 'mup'")
         if not isinstance(self.soft, bool):
             raise TypeError(f"soft={self.soft!r}: expected True or False")
         if self.gain not in (None, "learned", "fixed"):
             raise ValueError(f"gain={self.gain!r}: expected 'learned', 'fixed' or None")
+        for option in _CONSTRAINT_OF:
+            self._check_option_of_constraint(option)
         _check_name("sigma", self.sigma, ESTIMATORS)
         if self.constraint is not None:
             _check_name("constraint", self.constraint, CONSTRAINTS)
         CONSTRAINTS[self.constraint_name].check(self)
 
+    def _check_option_of_constraint(self, option: str) -> None:
+        value, name = getattr(self, option), _CONSTRAINT_OF[option]
+        if value is None:
+            return
+        _check_positive(option, value, " or None")
+        if self.constraint not in (None, name):
+            raise ValueError(
+                f"{option}={value!r} and constraint={self.constraint!r}: pass one of them"
+            )
+        if option == "stable_rank" and value < 1:
+            raise ValueError(
+                f"stable_rank={value!r}: expected at least 1, that of a matrix of rank 1"
+            )
+
+    def for_matrices(self, matrices: tuple[int, int, int]) -> Settings:
+        """Return the options with the number that `coeff="mup"` stands for.
+
+        Args:
+            matrices: shape (b, m, n) of the stack that the weight is read as.
+        """
+        if self.coeff != "mup":
+            return self
+        return replace(self, coeff=math.sqrt(matrices[1] / matrices[2]))
+
     @property
     def constraint_name(self) -> str:
-        """Name of the constraint: `constraint` if given, else what `gain` and `soft` imply."""
+        """Name of the constraint: `constraint` if given, else what the other options imply."""
         if self.constraint is not None:
             return self.constraint
+        for option, name in _CONSTRAINT_OF.items():
+            if getattr(self, option) is not None:
+                return name
         return "gain" if self.gain is not None else "bound" if self.soft else "fixed"
 
+
+# The constraint that each option of one constraint alone implies.
+_CONSTRAINT_OF = {"clip": "clip", "stable_rank": "stable-rank"}
 
 # torch's names for options in its own spectral_norm, for the hint in an error.
 _TORCH_NAMES = {"n_power_iterations": "num_itrs"}
@@ -179,6 +223,15 @@ def documents_options(function: _Function) -> _Function:
 def _check_name(option: str, value: object, choices: Mapping[str, object]) -> None:
     if value not in choices:
         raise ValueError(f"{option}={value!r}: expected one of {', '.join(map(repr, choices))}")
+
+
+def _check_positive(option: str, value: object, alternatives: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(
+            f"{option}={value!r}: expected a number{alternatives}, not {type(value).__name__}"
+        )
+    if not 0 < value < math.inf:
+        raise ValueError(f"{option}={value!r}: expected a finite number above 0{alternatives}")
 
 
 def _check_count(name: str, value: object, alternatives: str = "") -> None:

@@ -154,18 +154,20 @@ class SpectralNorm(nn.Module):
         self.name = name
         self._estimator = ESTIMATORS[settings.sigma]
         self._constraint = CONSTRAINTS[settings.constraint_name]
+        self._constraint_options = settings.for_matrices(view.matrices)
         self.register_buffer("u", u)
         self.register_buffer("sv", sv)
         if settings.update == "step":
             v = u.new_zeros(*u.shape[:2], view.matrices[2])
             self.register_buffer("v", v, persistent=False)
         sigma = torch.where(sv[:, 0] > 0, sv[:, 0], 1.0)
-        for parameter, (start, learned) in self._constraint.parameters(sigma, settings).items():
+        kept = self._constraint.parameters(sigma, self._constraint_options)
+        for parameter, (start, learned) in kept.items():
             if learned:
                 self.register_parameter(parameter, nn.Parameter(start.clone()))
             else:
                 self.register_buffer(parameter, start.clone())
-        self._parameter_names = tuple(self._constraint.parameters(sigma, settings))
+        self._parameter_names = tuple(kept)
         self._reset_transient()
 
     def _reset_transient(self) -> None:
@@ -287,7 +289,17 @@ class SpectralNorm(nn.Module):
 
         Args:
             weight: the original, of the view's shape.
+
+        Raises:
+            ValueError: if the weight is sharded, and the constraint takes no shards; nothing has
+                been changed.
         """
+        if not self._constraint.takes_shards and is_sharded(weight):
+            raise ValueError(
+                f"SpectralNorm on {self.name} {self.view.shape}: {self._constraint.name!r} needs "
+                "the whole weight, and it is read as a shard; read it in a forward of the module "
+                "that fully_shard wraps, or pass coeff= or soft=True instead"
+            )
         if is_compiling():
             return self._read_traced(weight)
         reading = self._shared_reading or self._readings.get(get_ident())
@@ -381,7 +393,7 @@ class SpectralNorm(nn.Module):
     def _apply_constraint(self, weight: Tensor, estimate: Estimate) -> Tensor:
         # In eval mode by torch's own operations alone, because TorchScript saves no Function.
         return self._constraint.apply(
-            weight, estimate, self.parameters_of_constraint, self.settings, self.view,
+            weight, estimate, self.parameters_of_constraint, self._constraint_options, self.view,
             plain=not self.training,
         )  # fmt: skip
 
@@ -401,8 +413,18 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def _unstored_estimate(self, weight: Tensor) -> Estimate:
         """Return the estimate of one step, and store nothing: eval then depends on u alone."""
+        if self._constraint.uses_all_triplets:
+            return self.unstored_triplets(weight)
         stack = stack_of(weight.detach(), self.view)
         return self._estimator.read(stack, self.u.to(stack.dtype), self.settings.eps)
+
+    @torch.no_grad()
+    def unstored_triplets(self, weight: Tensor) -> Estimate:
+        """Return the estimate of one step, of all tracked triplets, and store nothing."""
+        stack = stack_of(weight.detach(), self.view)
+        us = [self.u.to(stack.dtype)]
+        (estimate,) = self._estimator.move([stack], us, 1, self.settings.eps)
+        return estimate
 
     def _training_estimate(self, weight: Tensor) -> Estimate:
         """Return the estimate that a training forward uses, moving the state if that is due."""
@@ -521,7 +543,7 @@ class SpectralNorm(nn.Module):
             else:
                 estimate = self._traced_estimate(weight)
             if torch.is_grad_enabled():
-                estimate = _saved_for_backward(estimate)
+                estimate = _saved_for_backward(estimate, self._constraint.uses_all_triplets)
             value = self._apply_constraint(weight, estimate)
         if reading is not None:
             reading.estimate = estimate
@@ -646,7 +668,7 @@ class SpectralNorm(nn.Module):
         """Start a gain at the σ that the next eval forward divides by, so that γ W / σ is W."""
         for name in self._parameter_names:
             parameter, sigma = getattr(self, name), self.sigma_of(weight)
-            start, _ = self._constraint.parameters(sigma, self.settings)[name]
+            start, _ = self._constraint.parameters(sigma, self._constraint_options)[name]
             # In the weight's dtype, if σ fits into it: wrappers that flatten parameters want one.
             parameter.data = gain_in(real_dtype(weight.dtype), start)
             parameter.requires_grad_(isinstance(parameter, nn.Parameter) and weight.requires_grad)
@@ -667,7 +689,7 @@ class SpectralNorm(nn.Module):
             name: full_vector(parameter)
             for name, parameter in self.parameters_of_constraint.items()
         }
-        return self._constraint.norm(sigma, parameters, self.settings)
+        return self._constraint.norm(sigma, parameters, self._constraint_options)
 
     def extra_repr(self) -> str:
         """Return the options and the shape (b, m, n) of the matrices, for printing."""
@@ -725,15 +747,26 @@ for _field in fields(Settings):
         setattr(SpectralNorm, _field.name, _option(_field.name))
 
 
-def _saved_for_backward(estimate: Estimate) -> Estimate:
-    """Return the first vectors and σ₁ of an estimate such that a compiler saves them for backward.
+def _saved_for_backward(estimate: Estimate, every: bool) -> Estimate:
+    """Return an estimate such that a compiler saves its vectors and values for backward.
 
     A compiler prefers to recompute cheap operations in the backward pass, here a step, from the
     buffer, which by then has moved on (github.com/pytorch/pytorch/pull/197039). The results of
     concatenations it always saves.
+
+    Args:
+        estimate: an estimate.
+        every: whether all of its triplets are needed, or the first alone.
     """
-    u, v, sigma = estimate.u[:, 0], estimate.v[:, 0], estimate.sigma
-    saved = torch.cat([u, v, sigma.reshape(-1, 1).to(u.dtype)], 1)
-    rows = u.shape[1]
-    u, v, saved_sigma = saved[:, None, :rows], saved[:, None, rows:-1], saved[:, -1].real
-    return Estimate(u, v, estimate.sv, saved_sigma.reshape(sigma.shape))
+    k = estimate.u.shape[1] if every else 1
+    u, v, sv = (part[:, :k] for part in estimate[:3])
+    sigma = estimate.sigma.reshape(-1, 1, 1).expand(-1, k, 1)
+    saved = torch.cat([u, v, sv.unsqueeze(-1).to(u.dtype), sigma.to(u.dtype)], 2)
+    rows = u.shape[2]
+    values = saved[..., -2:].real
+    return Estimate(
+        saved[..., :rows],
+        saved[..., rows:-2],
+        values[..., 0],
+        values[:, 0, 1].reshape(estimate.sigma.shape),
+    )
