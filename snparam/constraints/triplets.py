@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from snparam.matrices.orthonormalisation import reads_freely, row_norms
 from snparam.matrices.products import left_product, real_dtype, right_product
@@ -154,6 +155,10 @@ def _solve(rest: Tensor, core: Tensor, a: Tensor, c: Tensor) -> tuple[Tensor, Te
     Returns:
         P (b, k, m) and L (b, k, n), columns as rows.
     """
+    if is_compiling():
+        # A graph that is compiled has first derivatives alone.
+        opaque: tuple[Tensor, Tensor] = _solve_opaquely(rest, core, a, c)
+        return opaque
     if torch.is_grad_enabled():
         solution: tuple[Tensor, Tensor] = _Solution.apply(rest, core, a, c)  # type: ignore[no-untyped-call]
         return solution
@@ -225,6 +230,24 @@ def _solve_by_conjugate_gradients(
         active = active & (square > tolerance)
     p = solution * length
     return p, c + left_product(rest, p) / sigma
+
+
+@torch.library.custom_op(
+    "snparam::solve_for_subspaces",
+    mutates_args=(),
+    schema="(Tensor rest, Tensor core, Tensor a, Tensor c) -> (Tensor, Tensor)",
+)
+def _solve_opaquely(rest: Tensor, core: Tensor, a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `_solve_by_conjugate_gradients` returns, as one operation of a compiled graph.
+
+    Unrolled, the steps would be hundreds of operations for each weight, and compile for minutes.
+    """
+    return _solve_by_conjugate_gradients(rest, core, a, c)
+
+
+@_solve_opaquely.register_fake
+def _(_rest: Tensor, _core: Tensor, a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a), torch.empty_like(c)
 
 
 def _squares(rows: Tensor) -> Tensor:

@@ -193,6 +193,7 @@ def weight_at(
     *,
     obstacle: str | None = None,
     take_over: bool = False,
+    ignore_wrappers: bool = False,
     label: str | None = None,
 ) -> Weight:
     """Return the record of a weight whose layout is known.
@@ -206,6 +207,8 @@ def weight_at(
         settings: the options.
         obstacle: why the weight cannot be normalised, by the layer table, or None.
         take_over: whether torch's spectral norm on it is to be taken over, and so no problem.
+        ignore_wrappers: whether it is no problem that a wrapper has the weight in hand, as where it
+            is only to be read.
         label: what to call it in errors; its qualified name, if not given.
     """
     owner = path[-1][1]
@@ -218,7 +221,9 @@ def weight_at(
     elif spectral is not None and not take_over:
         problem = _torch_norm_problem(spectral)
     else:
-        problem = _registration_problem(path, tensor_name, tensor, settings, obstacle)
+        problem = _registration_problem(
+            path, tensor_name, tensor, settings, obstacle, ignore_wrappers
+        )
         if problem is None:
             assert tensor is not None
             try:
@@ -231,7 +236,9 @@ def weight_at(
     return Weight(path, tensor_name, tensor, settings, layout, view, problem, norm, spectral, label)
 
 
-def weights_in(model: nn.Module, settings: Settings, take_over: bool = False) -> Iterator[Weight]:
+def weights_in(
+    model: nn.Module, settings: Settings, take_over: bool = False, ignore_wrappers: bool = False
+) -> Iterator[Weight]:
     """Yield the record of every tensor of two or more dimensions in a model, in the model's order.
 
     A Parameter in several modules has a record for each. Tensors without a shape yet (lazy modules)
@@ -241,6 +248,7 @@ def weights_in(model: nn.Module, settings: Settings, take_over: bool = False) ->
         model: the model.
         settings: the options.
         take_over: whether torch's spectral norm on a weight is to be taken over, and so no problem.
+        ignore_wrappers: whether it is no problem that a wrapper has a weight in hand.
     """
     layouts_by_module: dict[int, Mapping[str, tuple[Layout, str | None]]] = {}
     for path in _unique_paths((("", model),), set()):
@@ -284,6 +292,7 @@ def weights_in(model: nn.Module, settings: Settings, take_over: bool = False) ->
                     settings,
                     obstacle=weight_obstacle,
                     take_over=take_over,
+                    ignore_wrappers=ignore_wrappers,
                 )
 
 
@@ -306,7 +315,12 @@ def _unlisted_weight(
 
 
 def _registration_problem(
-    path: Path, tensor_name: str, tensor: Tensor | None, settings: Settings, obstacle: str | None
+    path: Path,
+    tensor_name: str,
+    tensor: Tensor | None,
+    settings: Settings,
+    obstacle: str | None,
+    ignore_wrappers: bool,
 ) -> Problem | None:
     owner = path[-1][1]
     if parametrize.is_parametrized(owner, tensor_name) and not torch_spectral_norm_on(
@@ -327,7 +341,7 @@ def _registration_problem(
             is_early=True,
         )
     problem = wrapper_problem((module for _, module in path), tensor, settings)
-    if problem is not None:
+    if problem is not None and not ignore_wrappers:
         return problem
     if obstacle is not None:
         return Problem(obstacle, "change that, or leave this layer out")

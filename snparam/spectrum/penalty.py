@@ -225,7 +225,8 @@ def _weights_to_penalise(
 def _selected_weights(
     model: nn.Module, settings: Settings, selection: Selection
 ) -> Iterator[Weight]:
-    for row in plan_of(list(weights_in(model, settings)), selection, {}):
+    weights = list(weights_in(model, settings, ignore_wrappers=True))
+    for row in plan_of(weights, selection, {}):
         weight = row.record
         if row.decision == REFUSE:
             raise ValueError(row.reason)

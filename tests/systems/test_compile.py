@@ -359,3 +359,23 @@ def test_blocks_compiled_one_by_one_equal_eager_ones(limit: int) -> None:
     assert_same_gradients_and_states(eager, compiled, rtol=1e-9, atol=1e-12)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs == 12 if limit > 12 else graphs < 12
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("options", [{"clip": 0.5, "num_svs": 2}, {"stable_rank": 1.2}], ids=str)
+def test_compiled_training_of_triplet_constraints_equals_eager(options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eager = snparam.register_sn(nn.Linear(6, 5), **options)
+    traced = copy.deepcopy(eager)
+    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+    x = torch.linspace(-1, 1, 24).reshape(4, 6)
+    for training in (True, True, False):
+        for layer, run in ((eager, eager), (traced, compiled)):
+            layer.train(training)
+            layer.zero_grad()
+            run(x).square().sum().backward()
+        for a, b in zip(eager.parameters(), traced.parameters(), strict=True):
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-5)
+        for a, b in zip(eager.buffers(), traced.buffers(), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
