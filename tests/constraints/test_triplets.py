@@ -153,7 +153,7 @@ def test_stable_rank_is_bounded_and_no_more_is_changed_than_that_needs(
     torch.testing.assert_close(s[1:] * before[1], before[1:] * s[1], rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", [CLIP, RANK], ids=str)
+@pytest.mark.parametrize("options", [CLIP, RANK, {"stable_rank": 1.0}], ids=str)
 def test_a_zero_matrix_stays_zero_with_a_finite_gradient(options: dict[str, Any]) -> None:
     weight = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
     out = constrained(view_of(weight), 2, options)(weight)
