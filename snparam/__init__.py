@@ -23,6 +23,7 @@ from snparam.parametrization.gains import gain_parameters, parameter_groups
 from snparam.parametrization.refresh import refresh
 from snparam.parametrization.spectral_norm import SpectralNorm
 from snparam.parametrization.update import update
+from snparam.spectrum.certify import Certificate, certify
 from snparam.spectrum.penalty import SpectralPenalty, spectral_penalty
 from snparam.spectrum.values import singular_values
 from snparam.spectrum.verify import verify
@@ -39,11 +40,13 @@ from snparam.systems import (  # noqa: F401 - these register themselves
 __version__ = "0.1.0"
 
 __all__ = [
+    "Certificate",
     "ConversionPlan",
     "Layout",
     "SpectralNorm",
     "SpectralPenalty",
     "cached",
+    "certify",
     "convert_model",
     "frozen",
     "gain_parameters",
