@@ -13,25 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from snparam.estimators.certified import certified_norm
+from snparam.estimators.convolution_bounds import convolution_bounds
 from snparam.matrices.convolutions import Geometry
 
 # A factor γ/√(var + eps) and its product with a weight are off by less than eight times the unit
 # roundoff of float64, 2⁻⁵³, relatively.
 _ROUNDING = 2.0**-50
-
-# Up to so many entries, the explicit matrix of a convolution is certified: its norm is exact where
-# a bound for every input size is above by what its tightness allows. Decomposing it takes less than
-# a second.
-_EXPLICIT_ENTRIES = 2**20
-
-
-def certified_norm(stack: Tensor) -> Tensor:
-    """Stand in for the certified norm until it is there."""
-    largest: Tensor = torch.linalg.svdvals(stack)[:, 0]
-    return largest.double() * (1 + 1e-9)
 
 
 def certified(matrices: Tensor) -> float:
@@ -78,12 +68,14 @@ class ConvolutionMap:
             of a transposed convolution (in, out / groups, *kernel_size).
         geometry: stride, padding, dilation, groups, and whether it is transposed.
         input_size: size of the input along the axes of the kernel.
+        tightness: how far the bound may be above the norm, where that is not found exactly.
         error: what the norm of the map may exceed that of `weight`'s by, because of rounding.
     """
 
     weight: Tensor
     geometry: Geometry
     input_size: tuple[int, ...]
+    tightness: float = 1.05
     error: float = 0.0
 
     @property
@@ -110,7 +102,10 @@ class ConvolutionMap:
 
     def norm(self) -> float:
         """Return an upper bound of the norm of the map at its input size."""
-        return convolution_norm(self.weight, self.geometry, self.input_size) + self.error
+        if self.weight.numel() == 0:
+            return 0.0
+        bounds = convolution_bounds(self.weight, self.geometry, self.input_size, self.tightness)
+        return bounds.upper + self.error
 
 
 LinearMap = MatrixMap | ConvolutionMap
@@ -118,50 +113,6 @@ LinearMap = MatrixMap | ConvolutionMap
 
 def _largest(factors: Tensor) -> float:
     return float(factors.abs().max())
-
-
-def convolution_norm(weight: Tensor, geometry: Geometry, input_size: tuple[int, ...]) -> float:
-    """Return an upper bound of the norm of a convolution at an input size.
-
-    Where its explicit matrix is small, that is certified; elsewhere the smaller of the bounds at
-    the size and for every size is taken.
-    """
-    return certified(explicit_matrices(weight, geometry, input_size))
-
-
-def explicit_matrices(weight: Tensor, geometry: Geometry, input_size: tuple[int, ...]) -> Tensor:
-    """Return the matrices (groups, m, n) of a convolution, one of each group.
-
-    The identity is pushed through the convolution, the same for each group.
-    """
-    groups = geometry.groups
-    channels = weight.shape[0] // groups if geometry.transposed else weight.shape[1]
-    entries = channels * math.prod(input_size)
-    identity = torch.eye(entries, dtype=weight.dtype).reshape(entries, channels, *input_size)
-    image = _convolve(identity.repeat(1, groups, *(1 for _ in input_size)), weight, geometry)
-    return image.reshape(entries, groups, -1).permute(1, 2, 0)
-
-
-def _convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    axes = len(geometry.stride)
-    convolve: Callable[..., Tensor]
-    if geometry.transposed:
-        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
-        padding = [before for before, _ in geometry.padding]
-        return convolve(
-            x,
-            weight,
-            None,
-            geometry.stride,
-            padding,
-            geometry.output_padding,
-            geometry.groups,
-            geometry.dilation,
-        )
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
-    mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
-    padded = F.pad(x, [side for pair in reversed(geometry.padding) for side in pair], mode=mode)
-    return convolve(padded, weight, None, geometry.stride, 0, geometry.dilation, geometry.groups)
 
 
 def kronecker_norm(matrices: Sequence[Tensor]) -> float:

@@ -165,6 +165,7 @@ class Operation:
             that depends on the network's input is an `Operand`, every other one is itself.
         nodes: the same, as nodes of the graph.
         shape: shape of the result, of the first one of several.
+        tightness: how far the bound of a large convolution may be above its norm.
         producers: the operations whose results are arguments, by the names of those.
     """
 
@@ -173,6 +174,7 @@ class Operation:
     arguments: Mapping[str, Any]
     nodes: Mapping[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
+    tightness: float = 1.05
     producers: Mapping[str, Operation] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
@@ -939,7 +941,8 @@ def _convolution(operation: Operation) -> Composition:
         folded = _with_padding(geometry, padded)
         if folded is not None:
             geometry, operand = folded
-    return Composition(operand, ConvolutionMap(weight, geometry, operand.shape[-axes:]))
+    size = operand.shape[-axes:]
+    return Composition(operand, ConvolutionMap(weight, geometry, size, operation.tightness))
 
 
 def _per_axis(value: Any, axes: int) -> tuple[int, ...]:

@@ -55,4 +55,5 @@ def jacobian_norm(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
     jacobian = torch.autograd.functional.jacobian(
         lambda x: function(x).flatten(), x, vectorize=True
     )
-    return float(torch.linalg.matrix_norm(jacobian.reshape(len(jacobian), -1).nan_to_num(), 2))
+    matrix = jacobian.detach().reshape(len(jacobian), -1).nan_to_num()
+    return float(torch.linalg.matrix_norm(matrix, 2))
