@@ -20,7 +20,7 @@ from torch import Tensor
 from snparam.constraints.division import Divisor, divide
 from snparam.estimators.estimate import ESTIMATORS, Estimate
 from snparam.matrices import torch_private
-from snparam.matrices.views import View
+from snparam.matrices.views import WeightView
 
 
 class Options(Protocol):
@@ -95,7 +95,7 @@ class Constraint:
         estimate: Estimate,
         parameters: Parameters,
         options: Options,
-        view: View,
+        view: WeightView,
         *,
         plain: bool,
     ) -> Tensor:
@@ -158,7 +158,7 @@ class Division(Constraint):
         estimate: Estimate,
         parameters: Parameters,
         options: Options,
-        view: View,
+        view: WeightView,
         *,
         plain: bool,
     ) -> Tensor:
@@ -198,7 +198,7 @@ class TripletFunction(Constraint):
         estimate: Estimate,
         parameters: Parameters,
         options: Options,
-        view: View,
+        view: WeightView,
         *,
         plain: bool,
     ) -> Tensor:

@@ -16,7 +16,7 @@ from snparam.constraints.sharded_division import divide_sharded
 from snparam.matrices import torch_private
 from snparam.matrices.orthonormalisation import reads_freely
 from snparam.matrices.sharded import is_sharded
-from snparam.matrices.views import View
+from snparam.matrices.views import WeightView
 
 # Up to this many blocks, a loop over them on a CPU is faster than one batched product of vectors.
 _FEW_BLOCKS = 64
@@ -40,14 +40,21 @@ class Divisor(NamedTuple):
 
 
 def divide(
-    weight: Tensor, divisor: Divisor, u: Tensor, v: Tensor, view: View, *, plain: bool = False
+    weight: Tensor,
+    divisor: Divisor,
+    u: Tensor,
+    v: Tensor,
+    view: WeightView,
+    *,
+    plain: bool = False,
 ) -> Tensor:
     """Return γ W / d, block by block, where σ(W) = Re(uᴴ W v) with u and v constant.
 
     The value of d is known from the step that found σ, so it is an argument, and no product is made
-    twice. That it depends on W enters the gradient alone: dd/dW = slope · u vᴴ. The result is
-    differentiable any number of times, in forward mode, and under torch.func and torch.compile; for
-    a sharded weight in reverse mode only.
+    twice. That it depends on W enters the gradient alone: dd/dW = slope · dσ/dW, where dσ/dW is
+    u vᴴ for a matrix, and the weight gradient for a convolution. The result is differentiable any
+    number of times, in forward mode, and under torch.func and torch.compile; for a sharded weight
+    in reverse mode only.
 
     Args:
         weight: of the view's shape, real or complex; the result has its shape, dtype and strides.
@@ -60,7 +67,7 @@ def divide(
     """
     if is_sharded(weight):
         u, v = u.view(len(u), -1), v.view(len(v), -1)
-        return divide_sharded(weight, divisor.numerator, *divisor[:2], u, v, view)  # type: ignore[arg-type]
+        return divide_sharded(weight, divisor.numerator, *divisor[:2], u, v, view.entries)  # type: ignore[arg-type]
     if plain or _needs_plain_operations():
         # One trace serves with and without gradients, and torch.jit.trace compares it with another
         # that is made without.
@@ -90,7 +97,7 @@ def is_autocast_on(tensor: Tensor) -> bool:
 
 
 class _Divide(torch.autograd.Function):
-    """The autograd Function of `divide`, whose backward is one dot product and one rank-one update.
+    """The autograd Function of `divide`, whose backward is one dot product and one update.
 
     It saves the weight, γ, u, v, d and its slope: neither the result nor anything else of the
     weight's size. It has no `setup_context`, which torch.func would need, because binding the
@@ -105,7 +112,7 @@ class _Divide(torch.autograd.Function):
         divisor: Divisor,
         u: Tensor,
         v: Tensor,
-        view: View,
+        view: WeightView,
     ) -> Tensor:
         slope = divisor.slope
         ctx.slope, ctx.view = (None if isinstance(slope, Tensor) else slope), view
@@ -125,24 +132,25 @@ class _Divide(torch.autograd.Function):
 
 
 def _gradients(
-    grad: Tensor, weight: Tensor, divisor: Divisor, u: Tensor, v: Tensor, view: View
+    grad: Tensor, weight: Tensor, divisor: Divisor, u: Tensor, v: Tensor, view: WeightView
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients γ/d (G − slope · ⟨G, W⟩/d · u vᴴ) for the weight and ⟨G, W⟩/d for γ."""
+    """Return the gradients γ/d (G − slope · ⟨G, W⟩/d · dσ/dW) for W, and ⟨G, W⟩/d for γ."""
     d, slope, numerator = divisor
     grad_numerator: Tensor | None = None
     if len(u) == 1 and not torch.is_grad_enabled() and reads_freely(grad):
-        matrix = _cast(view.to_matrix(grad, like=weight), u.dtype)
+        entries = view.entries
+        matrix = _cast(entries.to_matrix(grad, like=weight), u.dtype)
         number = d.item()
-        inner = _inner_product_of_matrices(matrix, _cast(view.to_matrix(weight), u.dtype))
+        inner = _inner_product_of_matrices(matrix, _cast(entries.to_matrix(weight), u.dtype))
         inner_over_d = inner.item() / number
         scale = (1.0 if numerator is None else numerator.item()) / number
         rate = inner_over_d * scale * (slope.item() if isinstance(slope, Tensor) else slope)
         if numerator is not None:
             grad_numerator = torch.full_like(numerator, inner_over_d)
-        matrix = rank_one_update_by_numbers(matrix, u.view(-1), v.view(-1), scale, rate)
-        return _cast(view.from_matrix(matrix, like=weight), weight.dtype), grad_numerator
-    g = view.to_matrices(grad, like=weight).to(u.dtype)
-    w = view.to_matrices(weight).to(u.dtype)
+        matrix = view.minus_outer_by_numbers(matrix, u, v, scale, rate, like=weight)
+        return _cast(entries.from_matrix(matrix, like=weight), weight.dtype), grad_numerator
+    g = view.entries.to_matrices(grad, like=weight).to(u.dtype)
+    w = view.entries.to_matrices(weight).to(u.dtype)
     if len(g) > 1:
         d = d.to(g.real.dtype)[:, None, None]
     # G is divided before the inner product, because ⟨G, W⟩/d² would underflow first.
@@ -156,36 +164,8 @@ def _gradients(
         factor = numerator.to(g.real.dtype).reshape(inners_over_d.shape)
         rates = rates * factor
         g_over_d = g_over_d * (factor if len(g) == 1 else factor[:, None, None])
-    g = rank_one_update(g_over_d, u, v, rates)
-    return view.from_matrices(g, like=weight).to(weight.dtype), grad_numerator
-
-
-def rank_one_update_by_numbers(
-    matrix: Tensor, u: Tensor, v: Tensor, scale: float, rate: float
-) -> Tensor:
-    """Return scale · G − rate · u vᴴ in one pass, for a matrix G (m, n), u (m,) and v (n,)."""
-    v = v.conj() if v.is_complex() else v
-    limit = torch.finfo(matrix.dtype).max
-    if abs(scale) > limit or abs(rate) > limit:  # torch.addr refuses such factors
-        return matrix * scale - (rate * u[:, None]) * v
-    return torch.addr(matrix, u, v, beta=scale, alpha=-rate)
-
-
-def rank_one_update(g: Tensor, u: Tensor, v: Tensor, rate: Tensor) -> Tensor:
-    """Return G − rate · u vᴴ for each block; unless gradients are recorded, it may overwrite G.
-
-    Args:
-        g: G, (b, m, n).
-        u: (b, m).
-        v: (b, n).
-        rate: () for one block, (b,) for several.
-    """
-    blocks, rows, columns = g.shape
-    u, v = u.reshape(blocks, rows, 1), v.reshape(blocks, 1, columns).conj()
-    outer = (rate if blocks == 1 else rate[:, None, None]) * u
-    if torch.is_grad_enabled():
-        return g - outer * v
-    return g.baddbmm_(outer.to(g.dtype), v, alpha=-1.0)
+    g = view.minus_outer(g_over_d, u, v, rates, like=weight)
+    return view.entries.from_matrices(g, like=weight).to(weight.dtype), grad_numerator
 
 
 def _needs_plain_operations() -> bool:
@@ -198,17 +178,17 @@ def _needs_plain_operations() -> bool:
     )
 
 
-def _quotient(weight: Tensor, divisor: Divisor, view: View) -> Tensor:
+def _quotient(weight: Tensor, divisor: Divisor, view: WeightView) -> Tensor:
     """Return γ W / d by torch's own operations, with d as a constant or as it depends on W."""
     d, _, numerator = divisor
     if view.matrices[0] == 1:
         d = d.reshape(()) if d.ndim else d
         out = weight / d if numerator is None else weight * (numerator.reshape(()) / d)
     else:
-        stack = view.to_matrices(weight)
+        stack = view.entries.to_matrices(weight)
         d = d[:, None, None]
         out = stack / d if numerator is None else stack * (numerator[:, None, None] / d)
-        out = view.from_matrices(out, like=weight)
+        out = view.entries.from_matrices(out, like=weight)
     return _cast(out, weight.dtype)
 
 
@@ -236,13 +216,11 @@ def _inner_product(g: Tensor, w: Tensor) -> Tensor:
 
 
 def _differentiable_divisor(
-    weight: Tensor, divisor: Divisor, u: Tensor, v: Tensor, view: View
+    weight: Tensor, divisor: Divisor, u: Tensor, v: Tensor, view: WeightView
 ) -> Divisor:
     """Return the divisor with the same value, but dependent on the weight for autograd."""
-    blocks, rows, columns = view.matrices
-    product = view.to_matrices(weight).to(u.dtype) @ v.reshape(blocks, columns, 1)
-    sigma: Tensor = (u.reshape(blocks, rows).conj() * product.squeeze(-1)).sum(-1).real
-    if blocks == 1:
+    sigma = view.inner(u, weight, v)
+    if len(sigma) == 1:
         sigma = sigma.reshape(())
     value = divisor.value + divisor.slope * (sigma - sigma.detach())
     return Divisor(value, divisor.slope, divisor.numerator)  # torch 2.8 cannot trace `_replace`

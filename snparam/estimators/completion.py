@@ -10,17 +10,17 @@ from torch import Tensor
 
 from snparam.estimators import convergence
 from snparam.matrices.orthonormalisation import orthonormal_rows
-from snparam.matrices.sharded import ShardedStack
+from snparam.matrices.products import Stack
 
 
 def complete_state(
-    matrices: Tensor | ShardedStack, u: Tensor | None, sv: Tensor | None, k: int
+    matrices: Tensor | Stack, u: Tensor | None, sv: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
     """Return the top k left singular vectors and singular values, and keep those that are given.
 
     `convergence.converged` computes what is missing; further vectors are those of the
-    matrices after the given vectors are projected out. Sharded matrices that lack vectors keep
-    none.
+    matrices after the given vectors are projected out. Matrices
+    that are known by products, and lack vectors, keep none.
 
     Args:
         matrices: (b, m, n), finite.
@@ -32,7 +32,7 @@ def complete_state(
     Returns:
         u (b, k, m) and sv (b, k).
     """
-    if u is None or (u.shape[1] < k and isinstance(matrices, ShardedStack)):
+    if u is None or (u.shape[1] < k and not isinstance(matrices, Tensor)):
         return convergence.converged(matrices, k)
     kept = min(u.shape[1], k)
     if sv is None or sv.shape[1] < kept:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from itertools import count
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -26,10 +25,16 @@ _LANCZOS_TOLERANCE = 5e-4
 
 # The eigenvalue that θ₁ is near need not be the largest: a block that is nearly orthogonal to the
 # first singular vector has a small residual too, where the other singular values lie close
-# together. After one block σ₁ was 4e-3 too low for n = 500 and all others at 0.996 σ₁. After this
+# together. After one step σ₁ was 4e-3 too low for n = 500 and all others at 0.996 σ₁. After this
 # many it is below 2e-5, for spectra that are flat, narrow, uniform or of two values below σ₁, with
 # gaps of 0.1 to 5 % and n from 300 to 3000.
-_LEAST_BLOCKS = 8
+_LEAST_STEPS = 8
+
+# The residual, in units of rounding of the products, at which nothing but rounding is left of it.
+_ROUNDING = 16
+
+# The number of entries of a basis that may be kept to find σ to rounding: 2 GiB in float64.
+_LONG_BASIS = 1 << 28
 
 
 def converged(
@@ -62,7 +67,7 @@ def converged(
         elif isinstance(matrices, Tensor):
             u, sv = _top_of_matrix(matrices[block], scale, k, wide, tolerance)
         else:
-            u, sv = _top_by_lanczos(_Block(matrices, block, scale), k, wide, tolerance)
+            u, sv, _ = _top_by_lanczos(_Block(matrices, block, scale), k, wide, tolerance)
         us.append(u)
         svs.append(sv * scale)
     return torch.stack(us), torch.stack(svs)
@@ -76,19 +81,24 @@ def _top_of_matrix(
         size = min(matrix.shape)
         scaled = matrix.to(torch.promote_types(matrix.dtype, torch.float32)) / scale
         # Once the basis has a third of the dimension, the full decomposition is cheaper.
-        top = _top_by_lanczos(_Block(scaled[None], 0, 1.0), k, wide, tolerance, size // 3)
-        if top is not None:
-            return top
+        block = _Block(scaled[None], 0, 1.0)
+        u, sv, is_within = _top_by_lanczos(block, k, wide, tolerance, size // 3)
+        if is_within:
+            return u, sv
     return _top_by_gram(matrix, scale, k, wide)
 
 
 def exact_sigma(matrices: Tensor | Stack) -> Tensor:
     """Return the largest singular value of each matrix, (b,) in float64, by a full decomposition.
 
-    Sharded matrices take Lanczos to rounding, in float64 if that is the dtype of their arithmetic.
+    Matrices that are known by products, and are large or sharded, take Lanczos to rounding, or to
+    as many vectors as memory holds, in float64 if that is the dtype of their arithmetic:
+    `exact_method` tells which of the two it is.
     """
     if not isinstance(matrices, Tensor):
-        return converged(matrices, 1, tolerance=1e-13)[1][:, 0]
+        if not matrices.is_small:
+            return _long_lanczos(matrices)
+        matrices = matrices.to_dense()
     wide = wide_dtype(matrices.dtype)
     sigmas = []
     for block, matrix in enumerate(matrices):
@@ -96,6 +106,26 @@ def exact_sigma(matrices: Tensor | Stack) -> Tensor:
         gram = _gram(matrix, scale, wide)
         top = torch.linalg.eigvalsh(gram)[-1]
         sigmas.append(top.clamp_min(0).sqrt() * scale)
+    return torch.stack(sigmas)
+
+
+def exact_method(matrices: Tensor | Stack) -> str:
+    """Return by what `exact_sigma` finds σ: `"decomposition"` or, from below, `"Lanczos"`."""
+    is_formed = isinstance(matrices, Tensor) or matrices.is_small
+    return "decomposition" if is_formed else "Lanczos"
+
+
+def _long_lanczos(matrices: Stack) -> Tensor:
+    """Return the largest singular value of each matrix, (b,), by Lanczos to rounding.
+
+    It stops before if the basis has as many vectors as `_LONG_BASIS` allows.
+    """
+    wide, sigmas = wide_dtype(matrices.dtype), []
+    for block in range(matrices.shape[0]):
+        matrix = _Block(matrices, block, _largest(matrices, block) or 1.0)
+        most_vectors = max(4 * matrix.least_steps, _LONG_BASIS // matrix.size)
+        _, sv, _ = _top_by_lanczos(matrix, 1, wide, 1e-13, most_vectors)
+        sigmas.append(sv[0] * matrix.scale)
     return torch.stack(sigmas)
 
 
@@ -151,6 +181,9 @@ class _Block:
     Attributes:
         by_rows: whether A is W Wᴴ, for a matrix with no more rows than columns, and not Wᴴ W.
         size: length of the shorter side.
+        least_steps: number of Lanczos steps to take at least.
+        guard_vectors: number of vectors to iterate with beyond those that are asked for.
+        rounding: unit of rounding of the products.
     """
 
     def __init__(self, stack: Tensor | Stack, block: int, scale: float) -> None:
@@ -158,6 +191,9 @@ class _Block:
         _, rows, columns = stack.shape
         self.by_rows = rows <= columns
         self.size = min(rows, columns)
+        self.least_steps = _LEAST_STEPS if isinstance(stack, Tensor) else stack.least_steps
+        self.guard_vectors = 1 if isinstance(stack, Tensor) else stack.guard_vectors
+        self.rounding = torch.finfo(stack.dtype).eps
 
     def gram(self, rows: Tensor) -> Tensor:
         """Return A x for each row x of (width, size)."""
@@ -186,64 +222,63 @@ class _Block:
         return out
 
 
-@overload
-def _top_by_lanczos(
-    matrix: _Block, k: int, wide: torch.dtype, tolerance: float
-) -> tuple[Tensor, Tensor]: ...
-@overload
-def _top_by_lanczos(
-    matrix: _Block, k: int, wide: torch.dtype, tolerance: float, max_vectors: int
-) -> tuple[Tensor, Tensor] | None: ...
 def _top_by_lanczos(
     matrix: _Block, k: int, wide: torch.dtype, tolerance: float, max_vectors: int | None = None
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor, bool]:
     """Return u (k, m) and sv (k,) of a matrix by block Lanczos on its Gram operator.
 
     The basis is fully reorthogonalised. Its start is a fixed quasi-random block, which takes no
-    global random state and is the same on every machine. Source: Golub and Underwood 1977; Musco
-    and Musco 2015 for its gap-free convergence.
+    global random state and is the same on every machine. In exact arithmetic the Ritz values are
+    the squares of those of Golub-Kahan bidiagonalisation from the same start. Source: Golub and
+    Underwood 1977; Musco and Musco 2015 for its gap-free convergence.
 
     Args:
         matrix: its Gram operator on the shorter side.
         k: number of vectors.
         wide: dtype of the basis.
         tolerance: residual at which it stops, relative to the largest Ritz value.
-        max_vectors: number of basis vectors at which it gives up, or None to go on until the basis
-            is complete.
+        max_vectors: number of basis vectors at which it stops at the latest, or None to go on until
+            the basis is complete.
 
     Returns:
-        u and sv, or None if it gave up.
+        u, sv, and whether the residuals are within the tolerance.
     """
     size = matrix.size
-    width = min(k + 1, size)
-    start = quasi_random(width, size, matrix.stack.device, wide)
-    basis = block = orthonormal_rows(start.unsqueeze(0))[0]
-    images = basis.new_empty((0, size))
-    for blocks in count(1):
+    width = min(k + matrix.guard_vectors, size)
+    block = orthonormal_rows(quasi_random(width, size, matrix.stack.device, wide)[None])[0]
+    basis, storage = block, block
+    projected = block.new_empty((0, 0))
+    for steps in count(1):
         image = matrix.gram(block)
-        images = torch.cat([images, image])
-        projected = basis.conj() @ images.mT
+        columns = basis.conj() @ image.mT  # ⟨bᵢ, A bⱼ⟩ for all vectors bᵢ and those bⱼ of the block
+        older = len(basis) - len(block)
+        projected = torch.cat([torch.cat([projected, columns[:older].mH]), columns], 1)
+        remainder = image - columns.mT @ basis
         values, vectors = torch.linalg.eigh((projected + projected.mH) / 2)
         values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
-        ritz = vectors.mT @ basis
-        residual = torch.linalg.vector_norm(vectors.mT @ images - values[:, None] * ritz, dim=-1)
-        done = blocks >= _LEAST_BLOCKS and bool(
-            (residual <= tolerance * values[0].clamp_min(0)).all()
-        )
-        width = min(width, size - basis.shape[0])
-        if done or width == 0:
+        # A b lies in the basis for all but the last block, so that its remainder is all there is.
+        residual = torch.linalg.vector_norm(vectors[older:].mT @ remainder, dim=-1).amax()
+        largest = values[0].clamp_min(0)
+        is_within = bool(residual <= tolerance * largest)
+        # With residuals of rounding, the basis holds all that the start can reach.
+        is_exhausted = bool(residual <= _ROUNDING * matrix.rounding * largest)
+        width = min(width, size - len(basis))
+        is_full = width == 0 or (max_vectors is not None and len(basis) + width > max_vectors)
+        if (is_within and steps >= matrix.least_steps) or is_exhausted or is_full:
             break
-        if max_vectors is not None and basis.shape[0] + width > max_vectors:
-            return None
-        block = image[:width]
-        for _ in range(2):  # two passes are enough for orthogonality (Parlett 1980)
-            block = block - (block @ basis.mH) @ basis
-            block = orthonormal_rows(block.unsqueeze(0))[0]
-        basis = torch.cat([basis, block])
+        # Two passes are enough for orthogonality (Parlett 1980); the remainder is the first.
+        block = orthonormal_rows(remainder[None, :width])[0]
+        block = block - (block @ basis.mH) @ basis
+        block = orthonormal_rows(block[None])[0]
+        if len(basis) + width > len(storage):
+            storage = torch.cat([storage, storage.new_empty((matrix.least_steps * width, size))])
+        storage[len(basis) : len(basis) + width] = block
+        basis = storage[: len(basis) + width]
     # sv comes from a product: the roots of the Ritz values are off by √eps σ₁ where singular
     # values are small.
+    ritz = vectors.mT @ basis
     longer_side, sv = matrix.longer_side(ritz)
-    return (_fix_sign(ritz) if matrix.by_rows else longer_side), sv
+    return (_fix_sign(ritz) if matrix.by_rows else longer_side), sv, is_within or width == 0
 
 
 def quasi_random(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:

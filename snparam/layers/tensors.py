@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from snparam.matrices.products import right_product
 from snparam.matrices.sharded import is_sharded
 from snparam.matrices.stacks import compute_dtype
-from snparam.matrices.views import View
+from snparam.matrices.views import WeightView
 
 _DTYPES = (
     torch.float64,
@@ -82,7 +83,7 @@ def tensor_problem(tensor: Tensor) -> Problem | None:
     return None
 
 
-def reading_problem(tensor: Tensor, view: View) -> Problem | None:
+def reading_problem(tensor: Tensor, view: WeightView) -> Problem | None:
     """Return why a tensor of another library's type cannot be computed with as a matrix, or None.
 
     The function tries it: quantised tensors of other libraries raise exceptions of any type, and
@@ -93,8 +94,10 @@ def reading_problem(tensor: Tensor, view: View) -> Problem | None:
     kind = type(tensor).__name__
     remedy = f"leave it out; of a network that is to be quantised, {QUANTISE_LAST}"
     try:
-        stack = view.to_matrices(tensor.detach()).to(compute_dtype(tensor.dtype))
-        product = stack @ torch.ones(stack.shape[2], 1, dtype=stack.dtype, device=stack.device)
+        stack = view.stack(tensor.detach(), compute_dtype(tensor.dtype))
+        blocks, _, columns = stack.shape
+        ones = torch.ones(blocks, 1, columns, dtype=stack.dtype, device=stack.device)
+        product = right_product(stack, ones)
         results = (product, product.isfinite().all(), tensor.detach() / 2)
     except Exception as error:  # noqa: BLE001 - whatever another library's tensor raises
         error_text = str(error).strip().partition("\n")[0][:80]

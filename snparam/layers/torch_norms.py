@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from snparam.layers.torch_reading import left_vector, torch_sigma
 from snparam.matrices.torch_private import is_torch_spectral_norm
-from snparam.matrices.views import View
+from snparam.matrices.views import WeightView
 
 _SPECTRAL = "torch's spectral norm"
 _WEIGHT_NORM = "torch's weight_norm, which sets the length of every row"
@@ -49,7 +49,7 @@ class TorchSpectralNorm:
     axis: int
     hook: SpectralNorm | None
 
-    def left_vector(self, view: View) -> Tensor | None:
+    def left_vector(self, view: WeightView) -> Tensor | None:
         """Return the u (1, 1, m) of a view, from torch's vectors.
 
         The result is None if torch reads other matrices, or the vector is not finite.

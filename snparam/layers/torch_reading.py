@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from snparam.estimators.power import power_step
 from snparam.matrices.products import real_dtype
 from snparam.matrices.stacks import compute_dtype, stack_of
-from snparam.matrices.views import View
+from snparam.matrices.views import WeightView
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -24,17 +24,18 @@ def torch_axis(owner: nn.Module) -> int:
     return 1 if isinstance(owner, _TRANSPOSED) else 0
 
 
-def matrix_relation(view: View, axis: int) -> Literal["same", "transposed"] | None:
+def matrix_relation(view: WeightView, axis: int) -> Literal["same", "transposed"] | None:
     """Return how the matrix that torch reads, with `axis` as rows, relates to those of a view.
 
     Returns:
         `"same"` for the view's matrix, `"transposed"` for its transpose, None for others.
     """
-    if view.matrices[0] > 1:
+    if not view.is_dense or view.matrices[0] > 1:
         return None
-    strides = torch.empty(view.shape, device="meta").reshape(view.split).stride()
-    view_axes = [(view.split[a], strides[a]) for a in view.order]
-    column_start = view.stack_axes + view.row_axes
+    entries = view.entries
+    strides = torch.empty(view.shape, device="meta").reshape(entries.split).stride()
+    view_axes = [(entries.split[a], strides[a]) for a in entries.order]
+    column_start = entries.stack_axes + entries.row_axes
     rows, columns = (
         _without_unit_axes(view_axes[:column_start]),
         _without_unit_axes(view_axes[column_start:]),
@@ -78,7 +79,7 @@ def _is_vector(x: Any, length: int) -> bool:
     return isinstance(x, Tensor) and list(x.shape) == [length]
 
 
-def left_vector(view: View, axis: int, u: Tensor | None, v: Tensor | None) -> Tensor | None:
+def left_vector(view: WeightView, axis: int, u: Tensor | None, v: Tensor | None) -> Tensor | None:
     """Return the u (1, 1, m) of a view, from torch's u and v, which have `axis` as rows.
 
     Where torch reads the transpose, the view's u is the conjugate of torch's v.
@@ -123,7 +124,9 @@ def torch_sigma(weight: Tensor, axis: int, u: Tensor | None, v: Tensor | None) -
 
 
 @torch.no_grad()
-def torch_vectors(weight: Tensor, view: View, axis: int, u: Tensor) -> tuple[Tensor, Tensor] | None:
+def torch_vectors(
+    weight: Tensor, view: WeightView, axis: int, u: Tensor
+) -> tuple[Tensor, Tensor] | None:
     """Return the u and v with which torch computes the σ that one step from snparam's u finds.
 
     Args:

@@ -50,11 +50,17 @@ class Stack(Protocol):
         shape: (b, m, n).
         dtype: dtype of the arithmetic.
         device: device of the vectors.
+        least_steps: number of steps that Lanczos takes at least to find its largest singular
+            values; kinds of stacks in which those lie close together need more.
+        guard_vectors: number of vectors that Lanczos iterates with beyond those asked for, by which
+            it needs fewer steps.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    least_steps: int
+    guard_vectors: int
 
     def left(self, u: Tensor) -> Tensor:
         """Return U conj(W), (b, k, n), for u (b, k, m)."""
@@ -75,6 +81,13 @@ class Stack(Protocol):
 
     def largest(self) -> float:
         """Return the largest magnitude of an entry; it is not finite if any entry is NaN or inf."""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the stack may be made a tensor, to be decomposed."""
+
+    def to_dense(self) -> Tensor:
+        """Return the stack as a tensor, where `is_small` says that it may be one."""
 
 
 def left_product(stack: Tensor | Stack, u: Tensor) -> Tensor:
@@ -126,3 +139,31 @@ def right_product(stack: Tensor | Stack, v: Tensor) -> Tensor:
     if rows >= _MANY_ROWS and rows * (entries // blocks) >= _MANY_PRODUCTS:
         return torch.bmm(stack, v.mT).mT
     return torch.bmm(v, stack.mT)
+
+
+def rank_one_update_by_numbers(
+    matrix: Tensor, u: Tensor, v: Tensor, scale: float, rate: float
+) -> Tensor:
+    """Return scale · G − rate · u vᴴ in one pass, for a matrix G (m, n), u (m,) and v (n,)."""
+    v = v.conj() if v.is_complex() else v
+    limit = torch.finfo(matrix.dtype).max
+    if abs(scale) > limit or abs(rate) > limit:  # torch.addr refuses such factors
+        return matrix * scale - (rate * u[:, None]) * v
+    return torch.addr(matrix, u, v, beta=scale, alpha=-rate)
+
+
+def rank_one_update(g: Tensor, u: Tensor, v: Tensor, rate: Tensor) -> Tensor:
+    """Return G − rate · u vᴴ for each block; unless gradients are recorded, it may overwrite G.
+
+    Args:
+        g: G, (b, m, n).
+        u: (b, m).
+        v: (b, n).
+        rate: () for one block, (b,) for several.
+    """
+    blocks, rows, columns = g.shape
+    u, v = u.reshape(blocks, rows, 1), v.reshape(blocks, 1, columns).conj()
+    outer = (rate if blocks == 1 else rate[:, None, None]) * u
+    if torch.is_grad_enabled():
+        return g - outer * v
+    return g.baddbmm_(outer.to(g.dtype), v, alpha=-1.0)

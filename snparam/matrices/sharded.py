@@ -65,6 +65,8 @@ class ShardedStack:
         piece: this rank's entries, (len(rows), len(columns)).
     """
 
+    least_steps, guard_vectors = 8, 1  # as dense matrices take, in `estimators.convergence`
+
     def __init__(self, weight: DTensor, view: View, dtype: torch.dtype) -> None:
         """Read a DTensor of the view's shape.
 
@@ -129,6 +131,19 @@ class ShardedStack:
         largest = self.piece.abs().max() if self.piece.numel() else self.piece.new_zeros(()).abs()
         largest = torch.where(torch.isfinite(largest), largest, torch.inf)
         return float(self.tile.reduce(largest.reshape(1), dist.ReduceOp.MAX))
+
+    @property
+    def is_small(self) -> bool:
+        """False: no rank is to hold the weight."""
+        return False
+
+    def to_dense(self) -> Tensor:
+        """Refuse: no rank is to hold the weight.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError
 
 
 def reduce_jointly(stacks: list[ShardedStack], parts: list[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The stack of matrices, dense or sharded, that the arithmetic uses for a weight."""
+"""The stack of matrices that the arithmetic uses for a weight: dense, sharded, or an operator."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import math
 import torch
 from torch import Tensor
 
+from snparam.matrices.products import Stack
 from snparam.matrices.sharded import ShardedStack, is_sharded
-from snparam.matrices.views import View
+from snparam.matrices.views import WeightView
+
+# Why a sharded weight has no operator, and what to do.
+OPERATOR_OF_SHARDS = (
+    "it is sharded, and a convolution needs its whole weight",
+    "leave it unsharded, or pass norm='matrix'",
+)
 
 
 def stack_of(
-    weight: Tensor, view: View, at_least: torch.dtype = torch.float32
-) -> Tensor | ShardedStack:
+    weight: Tensor, view: WeightView, at_least: torch.dtype = torch.float32
+) -> Tensor | Stack:
     """Return a weight as a stack of matrices, in the dtype of the arithmetic.
 
     Args:
@@ -23,18 +30,19 @@ def stack_of(
             the arithmetic.
 
     Raises:
-        ValueError: if the weight is sharded in a way that the view cannot follow.
+        ValueError: if the weight is sharded, and the view is no `View` or cannot follow the shards.
     """
     dtype = torch.promote_types(weight.dtype, at_least)
-    if is_sharded(weight):
-        return ShardedStack(weight, view, dtype)  # type: ignore[arg-type]
-    stack = view.to_matrices(weight)
-    return stack if stack.dtype == dtype else stack.to(dtype)
+    if not is_sharded(weight):
+        return view.stack(weight, dtype)
+    if not view.is_dense:
+        raise ValueError("; ".join(OPERATOR_OF_SHARDS))
+    return ShardedStack(weight, view.entries, dtype)  # type: ignore[arg-type]
 
 
-def is_finite(stack: Tensor | ShardedStack) -> bool:
+def is_finite(stack: Tensor | Stack) -> bool:
     """Return whether a stack has neither NaN nor inf (a collective call for a sharded one)."""
-    if isinstance(stack, ShardedStack):
+    if not isinstance(stack, Tensor):
         return math.isfinite(stack.largest())
     return bool(torch.isfinite(stack).all())
 

@@ -12,9 +12,71 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
+
+from snparam.matrices.products import Stack, rank_one_update, rank_one_update_by_numbers
+
+
+class WeightView(Protocol):
+    """A reading of a weight as a stack of matrices (b, m, n).
+
+    A `View` finds the entries of the matrices in the weight. Other readings are linear in the
+    weight too, and their matrices are known by products.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """Shape (b, m, n) of the stack: blocks, rows, columns."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the entries of the matrices are those of the weight, as in a `View`."""
+
+    @property
+    def input_size(self) -> tuple[int, ...] | None:
+        """Lengths of the inputs that the matrices belong to, or None where they do not depend."""
+
+    @property
+    def entries(self) -> View:
+        """The view that reads the entries of the weight itself, in b parts; where dense, itself."""
+
+    def order_for(self, weight: Tensor) -> tuple[int, ...]:
+        """Return what the order of the columns depends on in a weight's memory format."""
+
+    def stack(self, weight: Tensor, dtype: torch.dtype) -> Tensor | Stack:
+        """Return the matrices of a weight, (b, m, n), in a dtype."""
+
+    def inner(self, u: Tensor, weight: Tensor, v: Tensor) -> Tensor:
+        """Return Re(uᴴ W v) for each block, (b,), by differentiable operations.
+
+        Args:
+            u: (b, m) or (b, 1, m).
+            weight: of the view's shape.
+            v: (b, n) or (b, 1, n).
+        """
+
+    def minus_outer(self, g: Tensor, u: Tensor, v: Tensor, rate: Tensor, like: Tensor) -> Tensor:
+        """Return G − rate · ∂Re(uᴴ W v)/∂W; unless gradients are recorded, it may overwrite G.
+
+        Args:
+            g: G, a tensor of the weight's shape as `entries` reads it.
+            u: (b, m) or (b, 1, m).
+            v: (b, n) or (b, 1, n).
+            rate: () for one block, (b,) for several.
+            like: the weight, whose memory format the entries follow.
+        """
+
+    def minus_outer_by_numbers(
+        self, matrix: Tensor, u: Tensor, v: Tensor, scale: float, rate: float, like: Tensor
+    ) -> Tensor:
+        """Return scale · G − rate · ∂Re(uᴴ W v)/∂W for one block, as `entries` reads its matrix."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +172,69 @@ class View:
         first = self.stack_axes + self.row_axes
         columns = sorted(self.order[first:], key=weight.stride, reverse=True)
         return (*self.order[:first], *columns)
+
+    @property
+    def is_dense(self) -> bool:
+        """True: the entries of the matrices are those of the weight."""
+        return True
+
+    @property
+    def input_size(self) -> None:
+        """None: the matrices depend on the weight alone."""
+        return None
+
+    @property
+    def entries(self) -> View:
+        """The view itself."""
+        return self
+
+    def stack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the matrices of a weight, (b, m, n), in a dtype."""
+        stack = self.to_matrices(weight)
+        return stack if stack.dtype == dtype else stack.to(dtype)
+
+    def inner(self, u: Tensor, weight: Tensor, v: Tensor) -> Tensor:
+        """Return Re(uᴴ W v) for each block, (b,), by differentiable operations.
+
+        Args:
+            u: (b, m) or (b, 1, m).
+            weight: of the view's shape.
+            v: (b, n) or (b, 1, n).
+        """
+        blocks, rows, columns = self.matrices
+        product = self.to_matrices(weight).to(u.dtype) @ v.reshape(blocks, columns, 1)
+        return (u.reshape(blocks, rows).conj() * product.squeeze(-1)).sum(-1).real
+
+    def minus_outer(
+        self,
+        g: Tensor,
+        u: Tensor,
+        v: Tensor,
+        rate: Tensor,
+        like: Tensor,  # noqa: ARG002 - other views use it
+    ) -> Tensor:
+        """Return G − rate · u vᴴ for each block; unless gradients are recorded, it may overwrite G.
+
+        Args:
+            g: G, (b, m, n), read as `like` is.
+            u: (b, m) or (b, 1, m).
+            v: (b, n) or (b, 1, n).
+            rate: () for one block, (b,) for several.
+            like: the weight.
+        """
+        return rank_one_update(g, u, v, rate)
+
+    def minus_outer_by_numbers(
+        self,
+        matrix: Tensor,
+        u: Tensor,
+        v: Tensor,
+        scale: float,
+        rate: float,
+        like: Tensor,  # noqa: ARG002 - other views use it
+    ) -> Tensor:
+        """Return scale · G − rate · u vᴴ for the one matrix G (m, n) of a view of one block."""
+        return rank_one_update_by_numbers(matrix, u.view(-1), v.view(-1), scale, rate)
 
 
 KINDS = ("rows", "columns", "stack", "stack_columns", "transposed_conv", "bare")

@@ -21,15 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snparam.constraints.constraint import Division
-from snparam.constraints.division import (
-    Divisor,
-    divide,
-    is_autocast_on,
-    rank_one_update,
-    rank_one_update_by_numbers,
-)
+from snparam.constraints.division import Divisor, divide, is_autocast_on
 from snparam.matrices import torch_private
 from snparam.matrices.orthonormalisation import is_batched, reads_freely
+from snparam.matrices.products import rank_one_update, rank_one_update_by_numbers
 from snparam.parametrization.spectral_norm import Reading, SpectralNorm
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -44,6 +39,8 @@ _RANGES = {
 
 def is_linear_map(owner: nn.Module, base: type[nn.Module]) -> bool:
     """Return whether a module computes x ⋆ W + b and nothing else, W one matrix under a division.
+
+    The operator of a convolution is no such matrix: the gradient of its σ is not u vᵀ.
 
     Args:
         owner: a module with normalised weights.
@@ -61,6 +58,7 @@ def is_linear_map(owner: nn.Module, base: type[nn.Module]) -> bool:
         and lists is not None
         and list(lists._modules) == ["0"]
         and type(norm := lists._modules["0"]) is SpectralNorm
+        and norm.view.is_dense
         and norm.view.matrices[0] == 1
         and isinstance(norm._constraint, Division)
     )

@@ -50,7 +50,7 @@ from snparam.matrices import torch_private
 from snparam.matrices.products import left_product, real_dtype
 from snparam.matrices.sharded import full_vector, is_sharded
 from snparam.matrices.stacks import compute_dtype, is_finite, stack_of
-from snparam.matrices.views import View
+from snparam.matrices.views import WeightView
 from snparam.parametrization.activation_checkpointing import (
     in_backward,
     keep_estimate,
@@ -138,7 +138,9 @@ class SpectralNorm(nn.Module):
     sv: Tensor
     gain: Tensor
 
-    def __init__(self, view: View, settings: Settings, u: Tensor, sv: Tensor, name: str) -> None:
+    def __init__(
+        self, view: WeightView, settings: Settings, u: Tensor, sv: Tensor, name: str
+    ) -> None:
         """Make the parametrization with a given state; users call `register_sn` or `convert_model`.
 
         Args:
@@ -644,6 +646,29 @@ class SpectralNorm(nn.Module):
         if self.settings.update == "step":
             self.note_estimate(weight, estimate)
 
+    def read_as(self, view: WeightView, weight: Tensor) -> None:
+        """Read the weight by another view from now on, and converge the state to it.
+
+        Args:
+            view: how the weight is read; where its matrices have fewer singular values than are
+                tracked, all of them are tracked.
+            weight: the original, of the shape of the view.
+        """
+        blocks, rows, columns = view.matrices
+        count = min(self.u.shape[1], rows, columns)
+        self.view = view
+        self.u = self.u.new_zeros(blocks, count, rows)
+        self.sv = self.sv.new_zeros(blocks, count)
+        if "v" in self._buffers:
+            self.v = self.v.new_zeros(blocks, count, columns)
+        self._kept_estimate = None
+        self.refresh(weight)
+
+    @property
+    def input_size(self) -> tuple[int, ...] | None:
+        """Lengths of the inputs for which σ is the norm of the convolution; None for a matrix."""
+        return self.view.input_size
+
     @torch.no_grad()
     def note_loaded(self, weight: Tensor) -> None:
         """Take u and sv for the state of the weight, as a load has left all three."""
@@ -700,6 +725,8 @@ class SpectralNorm(nn.Module):
             if field.name not in ("num_svs", "num_itrs")
             and getattr(self.settings, field.name) != getattr(default, field.name)
         ]
+        if self.view.input_size is not None:
+            options.append(f"input_size={self.view.input_size}")
         tracked = [f"num_svs={self.u.shape[1]}", f"num_itrs={self.settings.num_itrs}"]
         return ", ".join([*tracked, *options, f"matrices={tuple(self.view.matrices)}"])
 

@@ -120,9 +120,10 @@ def _group_key(norm: SpectralNorm, weight: Tensor) -> Hashable:
     settings = norm.settings
     common = (weight.dtype, weight.device, settings.num_itrs, settings.eps, settings.sigma)
     if is_sharded(weight):
-        groups = ShardedStack(weight, norm.view, weight.dtype).tile.groups  # type: ignore[arg-type]
+        groups = ShardedStack(weight, norm.view.entries, weight.dtype).tile.groups  # type: ignore[arg-type]
         return (*common, *groups)
-    if prod(norm.view.matrices) > _STACKED_ENTRIES.get(weight.device.type, _OTHER_STACKED_ENTRIES):
+    most_entries = _STACKED_ENTRIES.get(weight.device.type, _OTHER_STACKED_ENTRIES)
+    if not norm.view.is_dense or prod(norm.view.matrices) > most_entries:
         return id(norm)
     return (*common, norm.view.matrices, norm.u.shape[1])
 

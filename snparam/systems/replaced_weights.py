@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snparam.matrices.views import View
+from snparam.matrices.views import WeightView
 from snparam.parametrization.attachment import attach, detach, read_as_eval
 from snparam.parametrization.baking import check_alone
 from snparam.parametrization.classes import definitions, wrap
@@ -161,7 +161,7 @@ def _attach_states(
 
 
 @torch.no_grad()
-def _start_anew(norm: SpectralNorm, view: View, weight: Tensor, scale: float | None) -> None:
+def _start_anew(norm: SpectralNorm, view: WeightView, weight: Tensor, scale: float | None) -> None:
     """Start a state anew for a weight of another shape, with the same options.
 
     Args:
@@ -170,14 +170,7 @@ def _start_anew(norm: SpectralNorm, view: View, weight: Tensor, scale: float | N
         weight: the original.
         scale: the factor γ / σ that the gain is to keep, or None without a gain.
     """
-    blocks, rows, columns = view.matrices
-    count = min(norm.u.shape[1], rows, columns)
-    norm.view = view
-    norm.u = norm.u.new_zeros(blocks, count, rows)
-    norm.sv = norm.sv.new_zeros(blocks, count)
-    if "v" in norm._buffers:
-        norm.v = norm.v.new_zeros(blocks, count, columns)
-    norm.refresh(weight)
+    norm.read_as(view, weight)
     if scale is not None:
         norm.gain.copy_(norm.sv[:, 0] * scale)
 
@@ -191,13 +184,14 @@ def _scale(weight: NormalisedWeight) -> float:
     return float(lengths[0] / lengths[1]) if lengths[1] else 1.0
 
 
-def _view_of_shape(view: View, shape: tuple[int, ...]) -> View | None:
+def _view_of_shape(view: WeightView, shape: tuple[int, ...]) -> WeightView | None:
     """Return the view that reads the axes of another shape in the same way, or None without one."""
     if shape == view.shape:
         return view
-    if view.split != view.shape or len(shape) != len(view.shape):
+    entries = view.entries
+    if not view.is_dense or entries.split != view.shape or len(shape) != len(view.shape):
         return None
-    return replace(view, shape=shape, split=shape)
+    return replace(entries, shape=shape, split=shape)
 
 
 def _embeddings(model: nn.Module) -> Iterator[NormalisedWeight]:

@@ -66,7 +66,8 @@ def layers(draw: Any, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, tu
         options |= {"stride": stride, "padding": padding_option, "padding_mode": mode}
         kind = PLAIN[axes - 1]
     with drawing_from(seed):
-        layer = kind(*channels, kernel, **options).to(dtype)
+        layer = kind(*channels, kernel, **options)
+        layer.weight = nn.Parameter(torch.randn(layer.weight.shape, dtype=dtype))
     return layer, size
 
 
