@@ -11,6 +11,7 @@ from snparam.constraints import (  # noqa: F401 - these register themselves
     stable_rank,
 )
 from snparam.conversion.convert import convert_model
+from snparam.conversion.input_sizes import record_input_sizes
 from snparam.conversion.plan import ConversionPlan, plan_conversion
 from snparam.conversion.register import register_sn, remove_sn
 from snparam.conversion.restore import restore_model
@@ -54,6 +55,7 @@ __all__ = [
     "parameter_groups",
     "plain_state_dict",
     "plan_conversion",
+    "record_input_sizes",
     "refresh",
     "register_layer_type",
     "register_sn",

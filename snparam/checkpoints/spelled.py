@@ -35,10 +35,15 @@ def check_norm_is_one(weight: NormalisedWeight, spelling: str) -> None:
         spelling: name of the spelling, for the error.
 
     Raises:
-        ValueError: if the weight has several blocks or another constraint; the error says which.
+        ValueError: if the weight has several blocks, is read as a convolution, or has another
+            constraint; the error says which.
     """
     settings, blocks = weight.norm.settings, weight.norm.view.matrices[0]
     target = f"spelling {spelling!r}"
+    if not weight.norm.view.is_dense:
+        size = weight.norm.view.input_size
+        reason = f"norm='operator' divides it by the norm of its convolution at input_size={size}"
+        raise inexpressible(weight, target, f"{reason}, not by that of a matrix")
     if blocks > 1:
         raise inexpressible(weight, target, f"it has blocks={blocks} with a σ each, not one")
     constraint = settings.constraint_name

@@ -205,9 +205,9 @@ class TripletFunction(Constraint):
         """Return the weight in use, in the shape, dtype and strides of the original."""
         if torch_private.tracing_state() is not None:
             weight = weight.detach()
-        matrices = view.to_matrices(weight).to(estimate.u.dtype)
+        matrices = view.entries.to_matrices(weight).to(estimate.u.dtype)
         out = self.matrices_in_use(matrices, estimate, options)
-        return view.from_matrices(out, like=weight).to(weight.dtype)
+        return view.entries.from_matrices(out, like=weight).to(weight.dtype)
 
 
 def refuse_other_norms(given: str, options: Options, *others: str) -> None:

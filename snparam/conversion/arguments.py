@@ -18,6 +18,11 @@ include: module types and name patterns, one or several; only the weights inside
 exclude: module types and name patterns of what is left alone; it wins over `include`.
 filter_fn: `filter_fn(module, qualified_name) -> bool`, called for modules with eligible
     weights; True means convert.
+example_inputs: with `norm="operator"`, what the network is called with: one tensor, a
+    sequence of positional arguments, or a mapping of keyword arguments. One forward in eval
+    mode and without gradients, which moves and changes nothing, records the size of the
+    inputs of each convolution; of one that is called at several sizes, the one with the
+    largest σ. See `record_input_sizes`. None (the default) with `norm="matrix"`.
 preset: name of a choice of what is left alone, see docs/presets.md: "gan-discriminator",
     "gan-generator", "keep-head", "attention", "sigma-reparam" or "sngp". `include`,
     `exclude` and `filter_fn` leave out more. None (the default) leaves out nothing.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from typing_extensions import Unpack
@@ -33,6 +33,7 @@ def convert_model(
     exclude: Selectors = None,
     filter_fn: Filter | None = None,
     preset: str | None = None,
+    example_inputs: Any = None,
     replace: bool = True,
     progress: bool | None = None,
     **options: Unpack[Options],
@@ -71,7 +72,8 @@ def convert_model(
             to leave alone, an option is out of range, a weight to be converted has NaN or inf, a
             selected weight is normalised already with other options (`restore_model` first, or
             exclude it), or a wrapper such as FSDP or DistributedDataParallel would have to come
-            after the conversion. The model is then as it was.
+            after the conversion; with `norm="operator"`, also if `example_inputs` is missing or
+            does not reach a selected convolution. The model is then as it was.
         TypeError: for an unknown option, a selector or option of a wrong type, or a `model` that is
             no module.
         ImportError: if `progress=True` and tqdm is not installed.
@@ -85,6 +87,7 @@ def convert_model(
         exclude=exclude,
         filter_fn=filter_fn,
         preset=preset,
+        example_inputs=example_inputs,
         replace=replace,
         progress=progress,
         **options,

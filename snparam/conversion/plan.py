@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 
 from snparam.constraints.constraint import CONSTRAINTS
 from snparam.conversion.arguments import documents_arguments
+from snparam.conversion.input_sizes import Sizes, recorded_sizes
 from snparam.conversion.selection import Filter, Selection, Selectors
 from snparam.conversion.tables import aligned_table
 from snparam.conversion.weights import Weight, weights_in
@@ -189,6 +190,7 @@ def plan_conversion(
     exclude: Selectors = None,
     filter_fn: Filter | None = None,
     preset: str | None = None,
+    example_inputs: Any = None,
     replace: bool = True,
     progress: bool | None = None,
     **options: Unpack[Options],
@@ -212,7 +214,8 @@ def plan_conversion(
 
     Raises:
         ValueError: if a pattern or type matches nothing, a preset is unknown or recognises no head
-            to leave alone, or an option is out of range.
+            to leave alone, an option is out of range, or `example_inputs` is passed without
+            `norm="operator"`, or cannot be recorded.
         TypeError: for an unknown option, a selector or option of a wrong type, or a `model` that is
             no module.
         ImportError: if `progress=True` and tqdm is not installed.
@@ -221,10 +224,27 @@ def plan_conversion(
     check_flag("replace", replace)
     settings = settings_from(num_svs, num_itrs, options)
     selection = Selection.from_arguments(include, exclude, filter_fn, model, preset)
-    weights = list(weights_in(model, settings, take_over=replace))
+    sizes = _recorded_sizes(model, settings, example_inputs)
+    weights = list(weights_in(model, settings, take_over=replace, sizes=sizes))
     norms = {id(weight.original): weight.norm for weight in normalised_weights(model)}
     plan = plan_of(weights, selection, norms, progress)
     return _with_other_options_refused(plan, selection, norms)
+
+
+def _recorded_sizes(model: nn.Module, settings: Settings, example_inputs: Any) -> Sizes | None:
+    """Return the sizes of the inputs of each convolution, or None without example inputs.
+
+    Raises:
+        ValueError: if there are example inputs, and no norm depends on them.
+    """
+    if example_inputs is None:
+        return None
+    if settings.norm != "operator":
+        raise ValueError(
+            f"example_inputs with norm={settings.norm!r}: no norm depends on them; pass "
+            "norm='operator', or leave them out"
+        )
+    return recorded_sizes(model, example_inputs)
 
 
 def plan_of(
@@ -350,6 +370,9 @@ def _decide(
     obstacle, notes = _sharing(weight, sharers, selection)
     if obstacle:
         return replace(row, reason=obstacle)
+    if weight.view is not None and weight.view.input_size is not None:
+        size = " x ".join(map(str, weight.view.input_size))
+        notes = [f"the convolution itself, on inputs of {size}", *notes]
     if weight.settings.num_svs > weight.available:
         plural = "s" if weight.available > 1 else ""
         notes = [f"tracks {weight.available} singular value{plural}, all it has", *notes]

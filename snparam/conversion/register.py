@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from torch import nn
 from typing_extensions import Never, Unpack
 
 from snparam.conversion.arguments import check_count_is_no_name, check_passed_by_keyword
+from snparam.conversion.input_sizes import Sizes
 from snparam.conversion.weights import Weight, weight_at
+from snparam.layers.convolutions import is_convolution
 from snparam.layers.table import (
     Path,
     is_packed,
@@ -19,7 +22,7 @@ from snparam.layers.table import (
 )
 from snparam.layers.tensors import is_lazy
 from snparam.layers.torch_norms import hook_using
-from snparam.matrices.views import Layout, View
+from snparam.matrices.views import Layout, WeightView
 from snparam.parametrization.arguments import check_flag, check_model
 from snparam.parametrization.attachment import attach, detach, read_as_eval
 from snparam.parametrization.baking import check_alone
@@ -38,6 +41,7 @@ def register_sn(
     num_itrs: int = 1,
     *,
     name: str | None = None,
+    input_size: int | Sequence[int] | None = None,
     **options: Unpack[Options],
 ) -> _ModuleT:
     """Hold the spectral norm of a module's weights at 1, by a parametrization.
@@ -59,6 +63,8 @@ def register_sn(
         module: the module to change, in place.
         name: which tensor, such as `"weight"` or `"out_proj.weight"`. None (the default) registers
             on every weight that the layer table lists for this type of module.
+        input_size: with `norm="operator"`, the lengths of the inputs of a convolution, without
+            batch and channels, such as `(32, 32)`; a number for one axis.
         {options}
 
     Returns:
@@ -68,7 +74,8 @@ def register_sn(
         ValueError: if the module has no tensor of that name or no eligible one, if a tensor is
             registered or parametrized already, is uninitialised, on the meta device, empty, of one
             dimension, or has NaN or inf, if it does not split into `blocks`, if `num_svs` exceeds
-            min(rows, columns), or if an option is out of range.
+            min(rows, columns), if an option is out of range, or, with `norm="operator"`, if
+            `input_size` is missing or cannot be convolved, or the forward is not torch's own.
         TypeError: if a tensor is quantised, sparse, of a dtype without singular values, or of a
             type that cannot be computed with as a matrix; for an unknown option or one of a wrong
             type, or a `module` that is no module.
@@ -83,10 +90,13 @@ def register_sn(
     layouts = layouts_of(module) if name is None else {name: layout_named(module, name)}
     if not layouts:
         raise _no_weight_error(module)
-    weights = [_weight_of(module, path, layout, settings) for path, layout in layouts.items()]
+    sizes = _sizes(module, layouts, settings, input_size)
+    weights = [
+        _weight_of(module, path, layout, settings, sizes) for path, layout in layouts.items()
+    ]
     for weight in weights:
         weight.check()
-    norms: dict[tuple[int, View | None], SpectralNorm] = {}
+    norms: dict[tuple[int, WeightView | None], SpectralNorm] = {}
     for weight in weights:
         key = (weight.key, weight.view)  # tied tensors share their state
         if key not in norms:
@@ -151,7 +161,36 @@ def _owner_and_name(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(inner), tensor_name
 
 
-def _weight_of(module: nn.Module, name: str, layout: Layout, settings: Settings) -> Weight:
+def _sizes(
+    module: nn.Module,
+    names: Iterable[str],
+    settings: Settings,
+    input_size: int | Sequence[int] | None,
+) -> Sizes | None:
+    """Return the size of the inputs of each convolution that has one of the tensors.
+
+    Raises:
+        ValueError: if a size is given, and no norm depends on it.
+        TypeError: if it is neither a number nor a sequence of numbers.
+    """
+    if input_size is None:
+        return None
+    owners = [_owner_and_name(module, name)[0] for name in names]
+    if settings.norm != "operator" or not any(map(is_convolution, owners)):
+        raise ValueError(
+            f"register_sn: input_size={input_size!r} on {type(module).__name__} with "
+            f"norm={settings.norm!r}: no norm depends on it; it is for convolutions with "
+            "norm='operator'"
+        )
+    size = (input_size,) if isinstance(input_size, int) else tuple(input_size)
+    if any(isinstance(length, bool) or not isinstance(length, int) for length in size):
+        raise TypeError(f"register_sn: input_size={input_size!r}: expected one int for each axis")
+    return {id(owner): [size] for owner in owners}
+
+
+def _weight_of(
+    module: nn.Module, name: str, layout: Layout, settings: Settings, sizes: Sizes | None
+) -> Weight:
     inner, _, tensor_name = name.rpartition(".")
     path: Path = (("", module),)
     if inner:
@@ -163,6 +202,7 @@ def _weight_of(module: nn.Module, name: str, layout: Layout, settings: Settings)
         settings,
         obstacle=obstacle_in(module) if name in layouts_of(module) else None,
         label=f"'{name}' of {type(module).__name__}",
+        sizes=sizes,
     )
 
 

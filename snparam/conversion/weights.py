@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from snparam.constraints.constraint import CONSTRAINTS
+from snparam.conversion.input_sizes import NOT_CALLED, NOT_CALLED_REMEDY, Sizes, largest_view
 from snparam.conversion.wrappers import FLAT, flattens, wrapper_problem
 from snparam.estimators.completion import complete_state
+from snparam.layers.convolutions import geometry_of, is_convolution
 from snparam.layers.table import (
     Path,
     is_lookup,
@@ -32,8 +34,8 @@ from snparam.layers.torch_norms import (
 from snparam.matrices.orthonormalisation import orthonormal_rows
 from snparam.matrices.products import real_dtype
 from snparam.matrices.sharded import is_sharded
-from snparam.matrices.stacks import compute_dtype, is_finite, stack_of
-from snparam.matrices.views import Layout, View
+from snparam.matrices.stacks import OPERATOR_OF_SHARDS, compute_dtype, is_finite, stack_of
+from snparam.matrices.views import Layout, WeightView
 from snparam.parametrization.find import is_normalised, norm_on, qualified_name
 from snparam.parametrization.options import Settings
 from snparam.parametrization.spectral_norm import SpectralNorm
@@ -64,7 +66,7 @@ class Weight:
     tensor: Tensor | None
     settings: Settings
     layout: Layout | None
-    view: View | None
+    view: WeightView | None
     problem: Problem | None
     norm: SpectralNorm | None
     spectral: TorchSpectralNorm | None
@@ -101,7 +103,7 @@ class Weight:
         assert self.view is not None
         return min(self.view.matrices[1:])
 
-    def reads_as(self, view: View) -> bool:
+    def reads_as(self, view: WeightView) -> bool:
         """Return whether the options read the weight as the matrices of the given view."""
         try:
             return (
@@ -195,6 +197,7 @@ def weight_at(
     take_over: bool = False,
     ignore_wrappers: bool = False,
     label: str | None = None,
+    sizes: Sizes | None = None,
 ) -> Weight:
     """Return the record of a weight whose layout is known.
 
@@ -210,8 +213,12 @@ def weight_at(
         ignore_wrappers: whether it is no problem that a wrapper has the weight in hand, as where it
             is only to be read.
         label: what to call it in errors; its qualified name, if not given.
+        sizes: the sizes of the inputs of each convolution, by its identity, or None where they are
+            not known; used with `norm="operator"` alone.
     """
     owner = path[-1][1]
+    if not is_convolution(owner):
+        settings = replace(settings, norm="matrix")  # all other weights are matrices as ever
     tensor = _tensor_named(owner, tensor_name)
     norm = norm_on(owner, tensor_name)
     spectral = torch_spectral_norm_on(owner, tensor_name)
@@ -226,18 +233,21 @@ def weight_at(
         )
         if problem is None:
             assert tensor is not None
-            try:
-                view = layout.view(tensor.shape, settings.blocks)
-            except ValueError as error:
-                problem = Problem(str(error), "choose blocks that divide the rows")
+            reading = _reading(owner, tensor, layout, settings, sizes)
+            if isinstance(reading, Problem):
+                problem = reading
             else:
-                problem = reading_problem(tensor, view)
+                view, problem = reading, reading_problem(tensor, reading)
     label = label or f"'{qualified_name(path[-1][0], tensor_name)}'"
     return Weight(path, tensor_name, tensor, settings, layout, view, problem, norm, spectral, label)
 
 
 def weights_in(
-    model: nn.Module, settings: Settings, take_over: bool = False, ignore_wrappers: bool = False
+    model: nn.Module,
+    settings: Settings,
+    take_over: bool = False,
+    ignore_wrappers: bool = False,
+    sizes: Sizes | None = None,
 ) -> Iterator[Weight]:
     """Yield the record of every tensor of two or more dimensions in a model, in the model's order.
 
@@ -249,6 +259,7 @@ def weights_in(
         settings: the options.
         take_over: whether torch's spectral norm on a weight is to be taken over, and so no problem.
         ignore_wrappers: whether it is no problem that a wrapper has a weight in hand.
+        sizes: as in `weight_at`.
     """
     layouts_by_module: dict[int, Mapping[str, tuple[Layout, str | None]]] = {}
     for path in _unique_paths((("", model),), set()):
@@ -293,6 +304,7 @@ def weights_in(
                     obstacle=weight_obstacle,
                     take_over=take_over,
                     ignore_wrappers=ignore_wrappers,
+                    sizes=sizes,
                 )
 
 
@@ -309,6 +321,35 @@ def _unlisted_weight(
     label, norm = f"'{qualified_name(path[-1][0], tensor_name)}'", norm_on(path[-1][1], tensor_name)
     view = None if norm is None else norm.view
     return Weight(path, tensor_name, tensor, settings, None, view, problem, norm, None, label)
+
+
+def _reading(
+    owner: nn.Module, tensor: Tensor, layout: Layout, settings: Settings, sizes: Sizes | None
+) -> WeightView | Problem:
+    """Return how a tensor is read as matrices with the given options, or why it cannot be."""
+    if settings.norm == "matrix":
+        try:
+            return layout.view(tensor.shape, settings.blocks)
+        except ValueError as error:
+            return Problem(str(error), "choose blocks that divide the rows")
+    geometry = geometry_of(owner)
+    if geometry is None:
+        reason = "its forward is not torch's own, so that the map it computes is not known"
+        return Problem(reason, "leave it out, or pass norm='matrix'")
+    if is_sharded(tensor):
+        return Problem(*OPERATOR_OF_SHARDS, refuses=True)
+    if sizes is None:
+        return Problem(
+            "norm='operator' needs the size of its inputs",
+            "pass example_inputs= to convert_model, or input_size= to register_sn",
+            refuses=True,
+        )
+    if id(owner) not in sizes:
+        return Problem(NOT_CALLED, NOT_CALLED_REMEDY, refuses=True)
+    try:
+        return largest_view(tensor, geometry, sizes[id(owner)])
+    except ValueError as error:
+        return Problem(str(error), "pass the size of an input that the layer takes", refuses=True)
 
 
 # Why a tensor cannot be normalised

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict, TypeVar, cast
 
-from snparam.constraints.constraint import CONSTRAINTS
+from snparam.constraints.constraint import CONSTRAINTS, Division
 from snparam.estimators.estimate import ESTIMATORS
 from snparam.parametrization.arguments import put_into_docstring
 
@@ -67,7 +67,11 @@ sigma: how σ is found. `"power"` (the default): the classic iteration. `"raylei
     weight whose second singular value overtakes the first, which the classic order loses
     for many steps.
 constraint: what is done with σ, by the name under which a constraint is registered. None
-    (the default): what `coeff`, `soft`, `gain`, `clip` and `stable_rank` say."""
+    (the default): what `coeff`, `soft`, `gain`, `clip` and `stable_rank` say.
+norm: which map σ is the norm of. `"matrix"` (the default, the classic method): the
+    weight, reshaped to a matrix. `"operator"`: of torch's convolutions the convolution
+    itself, at the size of the inputs that it sees, with its stride, padding, dilation and
+    groups; all other weights are matrices as ever. See docs/guarantees.md."""
 
 
 class Options(TypedDict, total=False):
@@ -87,6 +91,7 @@ class Options(TypedDict, total=False):
     stable_rank: float | None
     sigma: str
     constraint: str | None
+    norm: Literal["matrix", "operator"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ class Settings:
     stable_rank: float | None = None
     sigma: str = "power"
     constraint: str | None = None
+    norm: Literal["matrix", "operator"] = "matrix"
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -127,6 +133,7 @@ class Settings:
         if not 0 <= self.eps < math.inf:
             raise ValueError(f"eps={self.eps!r}: expected a finite number of at least 0")
         self._check_constraint()
+        self._check_norm()
 
     def _check_constraint(self) -> None:
         if self.coeff != "mup":
@@ -165,6 +172,28 @@ class Settings:
         if self.coeff != "mup":
             return self
         return replace(self, coeff=math.sqrt(matrices[1] / matrices[2]))
+
+    def _check_norm(self) -> None:
+        if self.norm not in ("matrix", "operator"):
+            raise ValueError(f"norm={self.norm!r}: expected 'matrix' or 'operator'")
+        if self.norm == "matrix":
+            return
+        if self.blocks is not None:
+            raise ValueError(
+                f"norm='operator' reads a convolution as one matrix, and blocks={self.blocks!r} as "
+                "several; leave out blocks, or pass norm='matrix'"
+            )
+        if not isinstance(CONSTRAINTS[self.constraint_name], Division):
+            raise ValueError(
+                f"norm='operator' with constraint={self.constraint_name!r}: what it makes of a "
+                "convolution is no convolution of that size; pass a constraint that divides by σ, "
+                "or norm='matrix'"
+            )
+        if self.coeff == "mup":
+            raise ValueError(
+                "norm='operator' with coeff='mup': √(rows / columns) is that of the reshaped "
+                "weight; pass a number, or norm='matrix'"
+            )
 
     @property
     def constraint_name(self) -> str:

@@ -26,9 +26,8 @@ from snparam.conversion.selection import Filter, Selection, Selectors
 from snparam.conversion.weights import Weight, weights_in
 from snparam.estimators.convergence import converged
 from snparam.estimators.estimate import ESTIMATORS, Estimate
-from snparam.matrices.sharded import ShardedStack, is_sharded
 from snparam.matrices.stacks import stack_of
-from snparam.matrices.views import View
+from snparam.matrices.views import WeightView
 from snparam.parametrization.arguments import check_model
 from snparam.parametrization.find import norm_on
 from snparam.parametrization.options import Settings, settings_from
@@ -127,9 +126,9 @@ def spectral_penalty(
     kept from call to call, beside the model and as long as that lives, and never in it.
 
     Args:
-        model: the network, converted, in parts, or not at all. Nothing in it is changed. function:
-        from the singular values (b, k) of a weight, one row for each block, largest first,
-            to a number. None (the default): σ₁² / 2, summed over blocks.
+        model: the network, converted, in parts, or not at all. Nothing in it is changed.
+        function: from the singular values (b, k) of a weight, one row for each block, largest
+            first, to a number. None (the default): σ₁² / 2, summed over blocks.
         num_svs: how many of the largest singular values the function gets.
 
     Returns:
@@ -167,7 +166,7 @@ class _PenalisedWeight:
     name: str
     owner: ReferenceType[nn.Module]
     tensor_name: str
-    view: View
+    view: WeightView
     source: ReferenceType[Tensor] | None = None
     u: Tensor | None = None
 
@@ -267,7 +266,9 @@ class _SingularValues(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, u: Tensor, v: Tensor, sv: Tensor, view: View) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, u: Tensor, v: Tensor, sv: Tensor, view: WeightView
+    ) -> Tensor:
         ctx.save_for_backward(u, v)
         # The values of the weight are not needed, which may change before the backward.
         ctx.view, ctx.like = view, weight.detach()
@@ -277,11 +278,10 @@ class _SingularValues(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (u, v), like = ctx.saved_tensors, ctx.like
         weighted = gradient.unsqueeze(-1) * u
-        if is_sharded(like):
-            stack = stack_of(like, ctx.view)
-            assert isinstance(stack, ShardedStack)
+        stack = stack_of(like, ctx.view)
+        if not isinstance(stack, Tensor):
             parts = [stack.outer(weighted[:, i], v[:, i]) for i in range(u.shape[1])]
             return sum(parts[1:], start=parts[0]), None, None, None, None
         matrices = weighted.mT @ v.conj()
-        out = ctx.view.from_matrices(matrices, like=like).to(like.dtype)
+        out = ctx.view.entries.from_matrices(matrices, like=like).to(like.dtype)
         return out, None, None, None, None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from snparam.conversion.tables import aligned_table
 from snparam.estimators import convergence
-from snparam.matrices.sharded import ShardedStack
+from snparam.matrices.products import Stack
 from snparam.matrices.stacks import is_finite, stack_of
 from snparam.parametrization.arguments import check_model
 from snparam.parametrization.attachment import read_as_eval
@@ -24,13 +24,16 @@ class VerificationRow:
         name: qualified name of the module that has the weight.
         tensor: name of the tensor in the module; the property `weight` joins both names.
         shape: shape of the weight.
-        matrices: shape (b, m, n) of the stack that the weight is read as.
+        matrices: shape (b, m, n) of the stack that the weight is read as; of the convolution
+            itself, entries of an output and of an input.
         block: which of the b blocks the numbers are of, counted from 0.
         estimate: σ̂ of the original, as eval mode estimates it; 0 for a zero matrix, and not finite
             for one with NaN or inf, both of which are left undivided.
         exact: σ of the weight that eval mode uses, in float64.
         intended: the norm that the constraint promises for the weight in use: 1, c, min(σ, c) or
             |γ|; 0 for a zero matrix, which stays zero.
+        method: how `exact` was found: by `"decomposition"`, or, for the convolution on large inputs
+            and for sharded weights, by `"Lanczos"` to rounding, which approaches it from below.
         drift: |exact / intended − 1|; 0 where both are equal, inf where it is NaN.
     """
 
@@ -43,6 +46,7 @@ class VerificationRow:
     exact: float
     intended: float
     drift: float
+    method: str = "decomposition"
 
     @property
     def weight(self) -> str:
@@ -77,6 +81,10 @@ class Verification(list[VerificationRow]):
             for cells, row in zip(rows, self, strict=True):
                 blocks = row.matrices[0]
                 cells.insert(2, f"{row.block} of 0 to {blocks - 1}" if blocks > 1 else "")
+        if any(row.method != "decomposition" for row in self):
+            header.append("σ in use by")
+            for cells, row in zip(rows, self, strict=True):
+                cells.append(row.method)
         return aligned_table(header, rows)
 
     __repr__ = __str__
@@ -88,7 +96,9 @@ def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
 
     The promised norm is 1 by default, and c, min(σ, c) or |γ| with `coeff`, `soft` or `gain`. The
     weight in use is the one that eval mode uses, whatever mode the model is in; its norm is
-    computed exactly, by a full decomposition in float64. No state moves. Where a trained network
+    computed in float64, by a full decomposition, or, where that would be too large, by Lanczos to
+    rounding (a row says which). Of a convolution with `norm="operator"` it is the norm of the
+    convolution itself, at the recorded size of its inputs. No state moves. Where a trained network
     drifts, `refresh(model)` converges its estimates.
 
     Args:
@@ -127,6 +137,7 @@ def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
                 exact=float(exact[block]),
                 intended=float(intended[block]),
                 drift=float(drift[block]),
+                method=convergence.exact_method(in_use),
             )
         )
     if not rows:
@@ -148,7 +159,7 @@ def _check_drift(rows: Verification, tolerance: float) -> None:
         )
 
 
-def _sigma_or_nan(stack: Tensor | ShardedStack) -> Tensor:
+def _sigma_or_nan(stack: Tensor | Stack) -> Tensor:
     if is_finite(stack):
         return convergence.exact_sigma(stack)
     return torch.full((stack.shape[0],), torch.nan, dtype=torch.float64)

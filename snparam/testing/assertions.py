@@ -15,6 +15,8 @@ from snparam.conversion.plan import CONVERT, REFUSE, plan_of
 from snparam.conversion.selection import Filter, Selection, Selectors
 from snparam.conversion.weights import Weight, weights_in
 from snparam.estimators import convergence
+from snparam.matrices.products import Stack
+from snparam.matrices.stacks import compute_dtype, is_finite
 from snparam.parametrization.arguments import check_model
 from snparam.parametrization.attachment import read_as_eval
 from snparam.parametrization.find import normalised_weights
@@ -35,7 +37,8 @@ def assert_spectral_norm(
     """Assert that σ of every weight in use is at most `at_most`.
 
     σ is computed exactly, by a full decomposition in float64, for the weight that eval mode uses,
-    whatever mode the model is in. No state moves.
+    whatever mode the model is in. A convolution with `norm="operator"` is checked as such, at the
+    recorded size of its inputs. No state moves.
 
     Args:
         model: a network, or a single layer. Every weight under SpectralNorm is checked, each of its
@@ -175,7 +178,7 @@ def assert_same_function(
 
 def _weight_in_use(
     weight: Weight, blocks: int | Literal["auto"] | None
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor | Stack] | None:
     """Return the weight that eval mode uses and its matrices (b, m, n), or None.
 
     None: the layer table does not list the weight, or it cannot be normalised.
@@ -183,7 +186,7 @@ def _weight_in_use(
     owner, name = weight.owner, weight.tensor_name
     if weight.norm is not None:
         value = read_as_eval(owner, name)
-        return value, weight.norm.view.to_matrices(value)
+        return value, weight.norm.view.stack(value, compute_dtype(value.dtype))
     if weight.layout is None:
         return None
     if parametrize.is_parametrized(owner, name):
@@ -199,9 +202,9 @@ def _weight_in_use(
         raise ValueError(f"{weight.name} {tuple(value.shape)}: {error}") from None
 
 
-def _lines_above(matrices: Tensor, bound: float, description: str) -> list[str]:
+def _lines_above(matrices: Tensor | Stack, bound: float, description: str) -> list[str]:
     """Return an error line for each block of a weight with σ above the bound, or for NaN or inf."""
-    if not bool(torch.isfinite(matrices).all()):
+    if not is_finite(matrices):
         return [f"{description}: has NaN or inf"]
     sigma = convergence.exact_sigma(matrices).tolist()
     return [

@@ -756,7 +756,8 @@ def test_plan_and_conversion_take_the_same_options() -> None:
         for f in (snparam.plan_conversion, snparam.convert_model, snparam.register_sn)
     )
     assert list(plan) == list(convert)
-    shared = [name for name in register if name not in ("module", "name")]
+    of_one_layer = ("module", "name", "input_size")
+    shared = [name for name in register if name not in of_one_layer]
     assert [name for name in convert if name in register] == shared
     for function in (snparam.plan_conversion, snparam.convert_model, snparam.register_sn):
         assert all(f"{name}:" in (function.__doc__ or "") for name in shared)

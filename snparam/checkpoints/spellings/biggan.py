@@ -11,6 +11,7 @@ from torch import Tensor
 
 from snparam.checkpoints.shapes import has_shape
 from snparam.checkpoints.spelled import check_norm_is_one, inexpressible, ordinary_entries
+from snparam.layers.convolutions import output_channels
 from snparam.layers.torch_reading import matrix_relation, torch_axis, torch_sigma
 from snparam.parametrization.extensions import (
     Misfit,
@@ -33,26 +34,28 @@ class BigGAN(Spelling):
     def read(self, weight: NormalisedWeight, tensors: Mapping[str, Any]) -> State | None:
         """Return all vectors, up to the first that is missing, and their values if none is missing.
 
-        Vectors of one matrix say nothing of several blocks: a weight that is read as blocks gets no
-        u, and only the σ that BigGAN's layer divides by.
+        Vectors of one matrix say nothing of several blocks, nor of a convolution: a weight that is
+        read as such gets no u, and only the σ that BigGAN's layer divides by.
         """
         if weight.tensor_name != _TENSOR or "u0" not in tensors:
             return None
-        blocks, rows, _ = weight.norm.view.matrices
+        view, axis = weight.norm.view, torch_axis(weight.owner)
+        blocks, rows, _ = view.matrices
+        length = blocks * rows if view.is_dense else output_channels(weight.owner)
         count = next(i for i in range(len(tensors) + 1) if f"u{i}" not in tensors)
         us = {f"u{i}": tensors[f"u{i}"] for i in range(count)}
         svs = {f"sv{i}": tensors[f"sv{i}"] for i in range(count) if f"sv{i}" in tensors}
         keys, misfits = (*us, *svs), []
         for name, entries in (("u", us), ("sv", svs)):
             for value in entries.values():
-                if not (has_shape(value, (1, blocks * rows)) if name == "u" else _is_number(value)):
+                if not (has_shape(value, (1, length)) if name == "u" else _is_number(value)):
                     key = f"parametrizations.{_TENSOR}.0.{name}"
                     misfits.append(Misfit(key, value, tuple(getattr(weight.norm, name).shape)))
                     break
         if misfits:
             return State(keys=keys, misfits=tuple(misfits))
-        if blocks > 1:
-            axis, u = torch_axis(weight.owner), us["u0"].flatten()
+        if blocks > 1 or not view.is_dense:
+            u = us["u0"].flatten()
             return State(keys=keys, sigma=partial(torch_sigma, axis=axis, u=u, v=None))
         u = torch.cat(list(us.values())).unsqueeze(0)
         sv = torch.cat([value.reshape(1) for value in svs.values()]) if len(svs) == count else None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from snparam.checkpoints.shapes import has_shape
+from snparam.layers.convolutions import is_convolution, output_channels
 from snparam.parametrization.extensions import (
     Misfit,
     Spelled,
@@ -26,11 +27,17 @@ class Ours(Spelling):
         return f"parametrizations.{tensor_name}.original"
 
     def read(self, weight: NormalisedWeight, tensors: Mapping[str, Any]) -> State | None:
-        """Return the state, of any number of singular values; torch loads its entries itself."""
+        """Return the state, of any number of singular values; torch loads its entries itself.
+
+        The state of a convolution that was read as another map, the reshaped weight or the operator
+        at another input size, is removed, and then estimated anew.
+        """
         prefix = f"parametrizations.{weight.tensor_name}.0."
         u, sv = tensors.get(f"{prefix}u"), tensors.get(f"{prefix}sv")
         if u is None and sv is None:
             return None
+        if _is_of_another_map(weight, u, sv):
+            return State(keys=(f"{prefix}u", f"{prefix}sv"))
         blocks, rows, _ = weight.norm.view.matrices
         misfits: list[Misfit] = []
         advice = _advice(weight, u, sv)
@@ -46,6 +53,23 @@ class Ours(Spelling):
         state = weight.norm.state_dict()
         inner = {f"0.{name}": tensor for name, tensor in state.items()}
         return Spelled(inner={"original": weight.original.detach(), **inner})
+
+
+def _is_of_another_map(weight: NormalisedWeight, u: Any, sv: Any) -> bool:
+    """Return whether a state is whole, but that of a convolution read as another map than here.
+
+    In a matrix of it, as in its operator, each output channel has equally many rows.
+    """
+    view = weight.norm.view
+    if not is_convolution(weight.owner) or not has_shape(u, (None, None, None)):
+        return False
+    blocks, rows = len(u), u.shape[2]
+    if not has_shape(sv, u.shape[:2]) or (blocks, rows) == (view.matrices[0], view.matrices[1]):
+        return False
+    channels = output_channels(weight.owner)
+    if blocks * rows % channels:
+        return False
+    return not view.is_dense or (blocks == 1 and rows > channels)
 
 
 def _advice(weight: NormalisedWeight, u: Any, sv: Any) -> str:
