@@ -222,6 +222,8 @@ def test_what_cannot_be_registered_says_why_and_what_to_do() -> None:
         (conv, {"input_size": 2}, ValueError, r"output would have the size \(0,\)"),
         (conv, {"input_size": (8.0,)}, TypeError, "one int for each axis"),
         (conv, {"input_size": 8, "blocks": 2}, ValueError, "leave out blocks"),
+        (conv, {"input_size": 8, "coeff": "mup"}, ValueError, "pass a number"),
+        (conv, {"input_size": 8, "clip": 1.0}, ValueError, "constraint that divides by σ"),
         (conv, {"input_size": 8, "norm": "matrix"}, ValueError, "no norm depends on it"),
         (conv, {"input_size": 8, "norm": "frobenius"}, ValueError, "'matrix' or 'operator'"),
         (nn.Linear(3, 3), {"input_size": 8}, ValueError, "it is for convolutions"),

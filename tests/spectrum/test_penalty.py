@@ -68,6 +68,20 @@ def test_value_and_gradient_are_those_of_float64_svdvals(name: str, converted: A
         assert torch.equal(tensor, snparam_state[key]), key  # no state has moved
 
 
+def test_of_an_operator_it_is_the_norm_of_the_convolution() -> None:
+    layer: Any = nn.Conv2d(2, 3, 3, padding=1, bias=False, dtype=torch.float64)
+    snparam.register_sn(layer, norm="operator", input_size=(4, 5), num_itrs=60)
+    original = original_of(layer)
+    layer.train()
+    layer.weight  # noqa: B018 - a read takes its steps
+    (gradient,) = torch.autograd.grad(snparam.spectral_penalty(layer), original)
+    weight = original.detach().clone().requires_grad_()
+    impulses = torch.eye(40, dtype=torch.float64).view(40, 2, 4, 5)
+    matrix = nn.functional.conv2d(impulses, weight, padding=1).flatten(1)
+    (expected,) = torch.autograd.grad(torch.linalg.matrix_norm(matrix, 2) ** 2 / 2, weight)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_default_is_half_the_square_of_sigma() -> None:
     model = network()
     sigmas = [torch.linalg.svdvals(m)[0].square() / 2 for m in matrices(model)]
