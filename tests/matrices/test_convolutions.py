@@ -106,6 +106,15 @@ def test_the_norm_on_long_inputs_is_found_to_a_thousandth(
     assert float(sv) == pytest.approx(exact_norm(layer, (500,)), rel=1e-3)
 
 
+def test_a_norm_that_hides_behind_many_nearly_as_large_is_found() -> None:
+    """One channel of 500 is larger than the others, which hide it from the first steps."""
+    layer = nn.Conv1d(500, 500, 1, groups=500, bias=False)
+    layer.weight.data.fill_(0.996)
+    layer.weight.data[123] = 1.0
+    _, sv = convergence.converged(stack_of(layer.weight.detach(), view_of(layer, (1,))), 1)
+    assert float(sv) == pytest.approx(1, rel=1e-3)
+
+
 @given(drawn=layers(), count=st.integers(2, 3))
 def test_further_singular_values_are_found_with_their_vectors(drawn: Any, count: int) -> None:
     layer, size = drawn

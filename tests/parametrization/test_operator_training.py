@@ -145,6 +145,21 @@ def test_the_state_follows_a_weight_that_is_trained(drawn: Any) -> None:
     assert exact >= 1 - 1e-5 or not exact
 
 
+def test_an_optimizer_moves_the_states_of_layers_that_are_alike() -> None:
+    """Small weights of one shape are moved as one stack; convolutions cannot be put into one."""
+    layers_alike = [layer_of("zeros") for _ in range(2)]
+    layers_alike[1].weight.data.mul_(2).sub_(0.5)
+    model = nn.Sequential(*layers_alike)
+    for layer in model:
+        snparam.register_sn(layer, norm="operator", input_size=(5, 6), update="step", num_itrs=50)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (model[0](inputs("zeros")).square().sum() + model[1](inputs("zeros")).sum()).backward()
+    optimizer.step()
+    for layer in model:
+        exact = plain_norm("zeros", layer.parametrizations.weight.original.detach())
+        assert float(norm_of(layer).sv) == pytest.approx(float(exact), rel=1e-4)
+
+
 @pytest.mark.parametrize("sigma", ["power", "rayleigh-ritz"])
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_several_singular_values_are_tracked(kind: str, sigma: str) -> None:
