@@ -310,3 +310,29 @@ def with_nan(rank: int) -> list[str]:
 def test_nan_on_one_rank_is_refused_on_all() -> None:
     for types in on_ranks(2, with_nan):
         assert types == ["Network", "Linear", "Linear"]
+
+
+def shard(owner: Any, name: str) -> None:
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    whole_weight = owner._parameters[name].detach()
+    owner._parameters[name] = nn.Parameter(distribute_tensor(whole_weight, mesh, [Shard(0)]))
+
+
+def operators_of_shards(rank: int) -> list[str]:
+    """What is said of the operator of a convolution that is sharded before, and afterwards."""
+    before, afterwards = nn.Conv1d(2, 4, 3), nn.Conv1d(2, 4, 3)
+    shard(before, "weight")
+    with pytest.raises(ValueError, match="sharded") as first:
+        snparam.register_sn(before, norm="operator", input_size=8)
+    assert type(before) is nn.Conv1d
+    snparam.register_sn(afterwards, norm="operator", input_size=8, update="step")
+    shard(afterwards.parametrizations.weight, "original")
+    with pytest.raises(ValueError, match="sharded") as second:
+        snparam.update(afterwards)
+    return [str(first.value), str(second.value)]
+
+
+def test_the_operator_of_a_sharded_convolution_is_refused_with_the_reason() -> None:
+    for said in on_ranks(2, operators_of_shards):
+        assert "'weight' of Conv1d (4, 2, 3)" in said[0]
+        assert all("norm='matrix'" in each for each in said)
