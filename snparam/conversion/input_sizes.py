@@ -15,9 +15,8 @@ from snparam.layers.tensors import is_lazy
 from snparam.matrices.convolutions import ConvolutionView, Geometry
 from snparam.matrices.stacks import is_finite, stack_of
 from snparam.parametrization.arguments import check_model
-from snparam.parametrization.find import NormalisedWeight, normalised_states
+from snparam.parametrization.find import NormalisedWeight, normalised_weights
 from snparam.parametrization.fingerprint import version_of
-from snparam.parametrization.undoing import unchanged
 
 Size = tuple[int, ...]
 Sizes = Mapping[int, Sequence[Size]]
@@ -51,14 +50,13 @@ def recorded_sizes(model: nn.Module, example_inputs: Any) -> dict[int, list[Size
             )
     sizes: dict[int, list[Size]] = {}
     with ExitStack() as stack:
-        stack.enter_context(unchanged(model.modules()))
-        stack.enter_context(_same_buffers(model))
+        stack.enter_context(_same_modes_and_buffers(model))
         stack.enter_context(torch.random.fork_rng(devices=_devices(model)))
         for name, module in model.named_modules():
             module.training = False
             if is_convolution(module):
-                hook = _Recorder(sizes, name).record
-                module.register_forward_hook(hook, with_kwargs=True)
+                record = _Recorder(sizes, name).record
+                stack.enter_context(module.register_forward_hook(record, with_kwargs=True))
         _call(model, example_inputs)
     return sizes
 
@@ -112,16 +110,25 @@ def _devices(model: nn.Module) -> list[torch.device]:
 
 
 @contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """Give the buffers of a model their values back that are written to in the context."""
+def _same_modes_and_buffers(model: nn.Module) -> Iterator[None]:
+    """Give a model its modes back, and its buffers with the values that they had.
+
+    Nothing else is restored: wrappers such as FSDP2 exchange Parameters in a forward, and have to
+    find them where they left them.
+    """
+    before = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     buffers = [buffer for buffer in model.buffers() if not is_lazy(buffer)]
-    before = [(buffer, version_of(buffer), buffer.clone()) for buffer in buffers]
+    values = [(buffer, version_of(buffer), buffer.clone()) for buffer in buffers]
     try:
         yield
     finally:
-        for buffer, version, values in before:
+        for module, mode, table in before:
+            module.training = mode
+            module._buffers.clear()
+            module._buffers.update(table)
+        for buffer, version, value in values:
             if version is None or version_of(buffer) != version:
-                buffer.copy_(values)
+                buffer.copy_(value)
 
 
 @torch.no_grad()
@@ -168,32 +175,44 @@ def record_input_sizes(model: nn.Module, example_inputs: Any) -> None:
         TypeError: if `model` is no module, or `example_inputs` of no such kind.
     """
     check_model(model, "record_input_sizes")
-    weights = [w for w in normalised_states(model) if not w.norm.view.is_dense]
-    if not weights:
+    owners: dict[int, list[NormalisedWeight]] = {}
+    for weight in normalised_weights(model):
+        if not weight.norm.view.is_dense:
+            owners.setdefault(id(weight.norm), []).append(weight)
+    if not owners:
         raise ValueError(
             f"record_input_sizes: {type(model).__name__} has no weight registered with "
             "norm='operator'; convert_model(model, norm='operator', example_inputs=...) first"
         )
     sizes = recorded_sizes(model, example_inputs)
-    views = [(weight, _recorded_view(weight, sizes)) for weight in weights]
+    views = [(sharers[0], _recorded_view(sharers, sizes)) for sharers in owners.values()]
     for weight, view in views:
         weight.norm.read_as(view, weight.original)
 
 
-def _recorded_view(weight: NormalisedWeight, sizes: Sizes) -> ConvolutionView:
-    """Return the view of a normalised convolution at a recorded size.
+def _recorded_view(sharers: Sequence[NormalisedWeight], sizes: Sizes) -> ConvolutionView:
+    """Return the view of convolutions that share a state, at the sizes recorded for all of them.
 
     Raises:
-        ValueError: if it was not called, has no geometry any more, or has NaN or inf.
+        ValueError: if one was not called or has no geometry any more, or the weight has NaN or inf.
     """
-    recorded, geometry = sizes.get(id(weight.owner)), geometry_of(weight.owner)
-    if recorded is None:
-        raise ValueError(f"SpectralNorm on {weight}: {NOT_CALLED}; pass inputs that reach it")
+    recorded: dict[Size, None] = {}
+    for weight in sharers:
+        if id(weight.owner) not in sizes:
+            raise ValueError(f"SpectralNorm on {weight}: {NOT_CALLED}; pass inputs that reach it")
+        recorded.update(dict.fromkeys(sizes[id(weight.owner)]))
+    weight = sharers[0]
+    geometry = geometry_of(weight.owner)
     if geometry is None:
-        raise ValueError(f"SpectralNorm on {weight}: its forward is no longer torch's own")
+        raise ValueError(
+            f"SpectralNorm on {weight}: its forward is no longer torch's own; take that away, or "
+            "remove_sn"
+        )
     if not is_finite(stack_of(weight.original.detach(), weight.norm.view)):
-        raise ValueError(f"SpectralNorm on {weight}: it has NaN or inf; repair it first")
-    return largest_view(weight.original, geometry, recorded)
+        raise ValueError(
+            f"SpectralNorm on {weight}: it has NaN or inf; repair or re-initialise it first"
+        )
+    return largest_view(weight.original, geometry, list(recorded))
 
 
 NOT_CALLED = "its layer was not called in a forward on example_inputs"

@@ -29,20 +29,6 @@ def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put modules back as they were at the beginning, however the context ends.
-
-    What `all_or_nothing` restores is restored.
-    """
-    snapshots = [_Snapshot(module) for module in modules]
-    try:
-        yield
-    finally:
-        for snapshot in snapshots:
-            snapshot.restore()
-
-
 class _Snapshot:
     """The class, the attributes and the tables of a module at one time."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import snparam
+from snparam.testing import assert_spectral_norm
 
 pytestmark = ignores_same
 
@@ -147,16 +148,18 @@ def test_a_forward_that_fails_leaves_the_model_as_it_was() -> None:
     class Failing(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             super().forward(x)
-            self[0].note = 1  # type: ignore[union-attr, assignment]
+            self[1].running_mean = torch.ones(2)  # type: ignore[union-attr, assignment]
             raise KeyError("x")
 
-    model = Failing(nn.Conv1d(1, 2, 3), nn.BatchNorm1d(2))
-    before = dict(vars(model[0]))
+    model = Failing(nn.Conv1d(1, 2, 3), nn.BatchNorm1d(2).eval())
+    buffers = dict(model.named_buffers())
     with pytest.raises(KeyError):
         snparam.convert_model(model, norm="operator", example_inputs=torch.zeros(1, 1, 8))
-    assert all(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == [True, True, False]
     assert not any(module._forward_hooks for module in model.modules())
-    assert vars(model[0]) == before
+    assert {name: id(b) for name, b in model.named_buffers()} == {
+        name: id(b) for name, b in buffers.items()
+    }
 
 
 def test_of_a_layer_called_at_several_sizes_the_largest_norm_is_recorded() -> None:
@@ -192,6 +195,19 @@ def test_sizes_are_recorded_again() -> None:
         model.train(mode)
         model(torch.zeros(1, 1, 20))
     assert snparam.verify(model, tolerance=1e-3)
+
+
+def test_a_shared_state_is_recorded_at_all_sizes_of_its_layers() -> None:
+    """Weights of ones have larger norms on longer inputs."""
+    model: Any = nn.Sequential(*(nn.Conv1d(1, 1, 3, padding=1, bias=False) for _ in range(2)))
+    model[1].weight = model[0].weight
+    model[0].weight.data.fill_(1.0)
+    snparam.convert_model(model, norm="operator", example_inputs=torch.zeros(1, 1, 8))
+    for pool in (nn.MaxPool1d(2), nn.Upsample(scale_factor=2)):
+        changed = nn.Sequential(model[0], pool, model[1])
+        snparam.record_input_sizes(changed, torch.zeros(1, 1, 8))
+        expected = max(8, int(changed[:2](torch.zeros(1, 1, 8)).shape[-1]))
+        assert norm_of(model[0]).input_size == (expected,)
 
 
 def test_recording_again_needs_something_to_record() -> None:
@@ -326,6 +342,16 @@ def test_every_division_holds_what_it_promises(options: dict[str, Any]) -> None:
     expected = before if "gain" in options else options["coeff"]
     assert exact_norm(layer, (6, 6)) == pytest.approx(expected, rel=1e-3)
     assert snparam.verify(layer, tolerance=1e-3)
+
+
+def test_the_assertion_for_users_tests_checks_the_convolution() -> None:
+    """The matrix of this one has the norm √3, and the convolution nearly 3."""
+    layer = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+    layer.weight.data.fill_(1.0)
+    snparam.register_sn(layer, norm="operator", input_size=100)
+    assert_spectral_norm(layer)
+    with pytest.raises(AssertionError, match=r"(?s)above 0\.9 .*weight Conv1d \(1, 1, 3\): (1|0\.99)"):
+        assert_spectral_norm(layer, at_most=0.9)
 
 
 def test_a_plan_and_a_layer_show_what_is_bounded() -> None:
