@@ -347,7 +347,10 @@ def _largest_on_grid(kernels: Tensor, grid: Sequence[int]) -> tuple[float, float
     points = _points(grid, kernels.is_complex())
     roundings = math.prod(taps) * inner + 2 * (2 * len(offsets) + 1) + 40
     error = 2 * gamma(roundings) * total**2
-    a, found, shift = 0.0, 0.0, 0.0
+    found, shift = 0.0, 0.0
+    a = (
+        1e-24 * total**2
+    )  # not 0, where the symbol may be zero, because levels are raised by factors
     in_batch = max(1, _MAX_ENTRIES // (rows * rows))
     for part in torch.split(kernels, in_batch):
         terms = _terms(part, offsets)

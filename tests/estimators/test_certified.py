@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -159,6 +161,41 @@ def test_a_shift_makes_a_matrix_semidefinite(dtype: torch.dtype, by_residual: bo
     assert shifts[0] < 1e-12
     assert shifts[1] < 1e-12
     assert shifts[-1] == shifts[-2] == float("inf")
+
+
+@pytest.mark.parametrize("by_residual", [False, True])
+def test_a_shift_covers_what_rounding_hides(by_residual: bool) -> None:
+    """2 × 2 matrices of a negative determinant that are factorised all the same, in fractions."""
+    generator = random.Random(0)
+    hidden = 0
+    for _ in range(2000):
+        x, y = generator.uniform(0.5, 2), generator.uniform(0.5, 2)
+        z = y * y / x * (1 + generator.randint(-2, 2) * 2.0**-53)
+        entries = torch.tensor([[[x, y], [y, z]]], dtype=torch.float64)
+        shift = float(semidefinite_shift(entries, by_residual))
+        if shift == float("inf"):
+            continue
+        exact_x, exact_y, exact_z, s = map(Fraction, (x, y, z, shift))
+        hidden += exact_x * exact_z < exact_y**2
+        assert (exact_x + s) * (exact_z + s) >= exact_y**2
+    assert hidden > 20
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_products_may_be_summed_in_any_order(sign: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Gram matrix that is off by all that n roundings can do still gives bounds."""
+    W = hostile("gaussian", 1, 3, 20_000, seed=0).abs()
+    gram = certified._scaled_gram
+
+    def off(*arguments: Any) -> Tensor:
+        exact = gram(*arguments)
+        return exact * (1 + sign * 20_000 * 2.0**-53)  # |X||X|ᵀ is X Xᵀ
+
+    monkeypatch.setattr(certified, "_scaled_gram", off)
+    monkeypatch.setattr(certified, "_EXCESSES", (1e-14,))
+    bounds = matrix_bounds(W)
+    (norm,) = norms_in_long_double(W)
+    assert float(bounds.lower) <= norm <= float(bounds.upper)
 
 
 @pytest.mark.parametrize("by_residual", [False, True])

@@ -106,6 +106,30 @@ def test_a_stride_of_the_kernel_is_a_matrix(kernel: int) -> None:
     assert right * (1 - 1e-9) <= bounds.lower <= right <= bounds.upper <= right * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("taps", [(1.0, -1.0), (1.0, -2.0, 1.0), (1.0, 1.0)], ids=str)
+def test_a_symbol_with_zeros_is_bounded_by_its_maximum(taps: tuple[float, ...]) -> None:
+    """Differences: at ω = 0 the symbol is 0, and at π their sum of magnitudes."""
+    bounds = bounds_of(layer_with(torch.tensor(taps, dtype=torch.float64)))
+    right = sum(map(abs, taps))
+    assert right <= bounds.upper <= right * 1.05
+    assert right / 1.05 <= bounds.lower <= right
+
+
+@pytest.mark.parametrize("n", [3, 5, 7])
+def test_a_stride_that_does_not_divide_the_ring_is_left_out(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The outputs wrap around at odd places: the norm is above the strided symbol's supremum."""
+    monkeypatch.setattr(subject, "_MAX_EXPLICIT_ENTRIES", 0)
+    kernel = torch.tensor([0.0, 0.4, 0.3], dtype=torch.float64)
+    layer = layer_with(kernel, stride=2, padding=1, padding_mode="circular")
+    norm = exact_norm(layer, (n,))
+    strided = layer_with(kernel, stride=2)
+    assert norm > 1.1 * bounds_of(strided).lower
+    assert norm <= bounds_of(layer, (n,)).upper
+    assert norm <= bounds_of(layer).upper
+
+
 def test_circular_padding_is_exact_on_its_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     """The norm is the largest of the n frequencies' blocks: no more of them are looked at."""
     monkeypatch.setattr(subject, "_MAX_EXPLICIT_ENTRIES", 0)
@@ -122,7 +146,12 @@ def test_circular_padding_is_exact_on_its_ring(monkeypatch: pytest.MonkeyPatch) 
 def test_padding_that_copies_entries_is_in_the_bound() -> None:
     """Wide padding of each kind: the plain symbol's supremum, 1, is no bound."""
     one = torch.ones(1, dtype=torch.float64)
-    for mode, size, right in (("circular", 4, 3), ("reflect", 5, 3), ("replicate", 3, 5)):
+    for mode, size, right in (
+        ("circular", 4, 3),
+        ("reflect", 5, 3),
+        ("replicate", 3, 5),
+        ("replicate", 1, 9),
+    ):
         layer = layer_with(one, padding=4, padding_mode=mode)
         norm = exact_norm(layer, (size,))
         assert norm == pytest.approx(math.sqrt(right), rel=1e-12)
