@@ -15,7 +15,8 @@ from snparam.conversion.input_sizes import record_input_sizes
 from snparam.conversion.plan import ConversionPlan, plan_conversion
 from snparam.conversion.register import register_sn, remove_sn
 from snparam.conversion.restore import restore_model
-from snparam.estimators import power, rayleigh_ritz  # noqa: F401 - these register themselves
+from snparam.estimators import exact, power, rayleigh_ritz  # noqa: F401 - these register themselves
+from snparam.estimators.convolution_bounds import Bounds
 from snparam.layers.register import register_layer_type
 from snparam.matrices.views import Layout
 from snparam.parametrization.attachment import weight_in_use
@@ -24,6 +25,7 @@ from snparam.parametrization.gains import gain_parameters, parameter_groups
 from snparam.parametrization.refresh import refresh
 from snparam.parametrization.spectral_norm import SpectralNorm
 from snparam.parametrization.update import update
+from snparam.spectrum.bounds import norm_bounds
 from snparam.spectrum.certify import Certificate, certify
 from snparam.spectrum.penalty import SpectralPenalty, spectral_penalty
 from snparam.spectrum.values import singular_values
@@ -41,6 +43,7 @@ from snparam.systems import (  # noqa: F401 - these register themselves
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bounds",
     "Certificate",
     "ConversionPlan",
     "Layout",
@@ -51,6 +54,7 @@ __all__ = [
     "convert_model",
     "frozen",
     "gain_parameters",
+    "norm_bounds",
     "optimizer_state_dict_for",
     "parameter_groups",
     "plain_state_dict",

@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,6 +134,7 @@ def convolution_bounds(
     Raises:
         ValueError: if the weight, the geometry and the input size do not belong together, or the
             tightness is below 1.0001.
+        TypeError: if the input size is no sequence of whole numbers.
 
     Source: Sedghi, Gupta and Long 2019 for the symbol; Pfister and Bresler 2019, "Bounding
     multivariate trigonometric polynomials", for bounds from its values on a grid.
@@ -183,6 +184,7 @@ def _checked_size(
 
     Raises:
         ValueError: if weight, geometry and input size do not belong together.
+        TypeError: if the input size is no sequence of whole numbers.
     """
     count = len(geometry.stride)
     if weight.ndim != count + 2:
@@ -196,6 +198,9 @@ def _checked_size(
         )
     if input_size is None:
         return None
+    given: Any = input_size
+    if not isinstance(given, Sequence) or not all(isinstance(n, int) for n in given):
+        raise TypeError(f"input_size={input_size!r}: expected a tuple of {count} number(s)")
     size = tuple(input_size)
     if len(size) != count or any(n < 1 for n in size):
         raise ValueError(

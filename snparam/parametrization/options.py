@@ -65,7 +65,9 @@ sigma: how σ is found. `"power"` (the default): the classic iteration. `"raylei
     each step also turns the `num_svs` vectors that it has found so that the first is the
     best in their span, for the same two products; with `num_svs=2` and more it follows a
     weight whose second singular value overtakes the first, which the classic order loses
-    for many steps.
+    for many steps. `"exact"`: a full decomposition of the smaller Gram matrix in float64 at
+    every read that computes, for small layers and tests; `num_itrs` and `eps` change
+    nothing.
 constraint: what is done with σ, by the name under which a constraint is registered. None
     (the default): what `coeff`, `soft`, `gain`, `clip` and `stable_rank` say.
 norm: which map σ is the norm of. `"matrix"` (the default, the classic method): the

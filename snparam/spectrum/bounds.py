@@ -52,10 +52,11 @@ def norm_bounds(
 
     Raises:
         ValueError: if the layer has no weight in the layer table, several of them and no `name`, or
-            none of that name; if the weight has NaN or inf, no values, or is sharded; if
-            `input_size` does not fit the layer, or `tightness` is below 1.0001.
+            none of that name; if a hook computes the weight, or it has NaN or inf, no values, or is
+            sharded; if `input_size` does not fit the layer, or `tightness` is below 1.0001.
         TypeError: if `layer` is no module, if its weight is quantised or of a dtype without
-            singular values, or if it is a convolution with a forward that is not torch's own.
+            singular values, if it is a convolution with a forward that is not torch's own, or if
+            `input_size` is no tuple of numbers.
     """
     check_model(layer, "norm_bounds")
     name = _weight_name(layer, name)
@@ -97,12 +98,12 @@ def _weight_name(layer: nn.Module, name: str | None) -> str:
         return names[0]
     if names:
         raise ValueError(f"norm_bounds: {kind} has several weights; pass name=, one of {names}")
-    layout_named(layer, "weight")
     if next(layer.children(), None) is not None:
         raise ValueError(
-            f"norm_bounds: {kind} is not in the layer table; call it for a layer inside, or add "
+            f"norm_bounds: {kind} is not in the layer table; call it for each layer inside, or add "
             "its type with register_layer_type"
         )
+    layout_named(layer, "weight")  # raises where there is no such tensor
     raise ValueError(
         f"norm_bounds: {kind} is not in the layer table; pass name='weight', or add its type with "
         "register_layer_type"
