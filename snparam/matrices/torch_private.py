@@ -507,3 +507,21 @@ def local_shape_and_offset(
     """Return the shape of this rank's shard of a tensor, and the index at which it begins."""
     local, offset = function(torch.Size(shape), mesh, placements)
     return tuple(local), tuple(offset)
+
+
+# Exported graphs
+
+
+@_requires(
+    "torch._ops.OpOverload",
+    purpose="reads the arguments of the operations in an exported graph by their names",
+    without="certify does not work without it",
+)
+def schema_of(target: Any) -> Any | None:
+    """Return the schema of an operation: its name, its arguments, and whether it writes into one.
+
+    Args:
+        target: what a node of a graph calls; for anything but an overload of an operation, None is
+            returned.
+    """
+    return target._schema if isinstance(target, torch._ops.OpOverload) else None

@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils import _pytree as pytree
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.nn.utils import parametrize
 
 from snparam.conversion.tables import aligned_table
+from snparam.matrices.torch_private import schema_of
 from snparam.parametrization.arguments import check_model
 from snparam.spectrum.lipschitz_rules import (
     REARRANGEMENTS,
@@ -206,9 +207,10 @@ def certify(
     """
     check_model(model, "certify")
     args, kwargs = _as_arguments(example_inputs)
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tensors = list(_tensors_in((args, kwargs)))
     if not any(t.is_floating_point() or t.is_complex() for t in tensors):
-        shown = [f"{t.dtype} {tuple(t.shape)}" for t in tensors] or type(example_inputs).__name__
+        shown = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors)
+        shown = shown or type(example_inputs).__name__
         raise ValueError(
             f"certify: example_inputs ({shown}) has no floating-point tensor, and with respect to "
             "integers there is no Lipschitz constant; pass a tensor, a tuple of arguments or a "
@@ -221,7 +223,8 @@ def certify(
                 f"certify: {name!r} {tuple(weight.shape)} is on the meta device and has no values; "
                 "load the weights first"
             )
-    with _eval_mode(model):
+    with _eval_mode(model), parametrize.cached():
+        _read_parametrized(model)
         walk = _Walk(model, _exported(model, args, kwargs), dict(rules or {}), tightness)
         log_bound = walk.log_bound()
     shapes = tuple(tuple(t.shape) for t in tensors)
@@ -236,6 +239,15 @@ def _as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
     return (example_inputs,), {}
 
 
+def _tensors_in(inputs: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dicts."""
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, Mapping | tuple | list):
+        for value in inputs.values() if isinstance(inputs, Mapping) else inputs:
+            yield from _tensors_in(value)
+
+
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode, and each of its modules back into its own afterwards."""
@@ -246,6 +258,18 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _read_parametrized(model: nn.Module) -> None:
+    """Read each parametrized tensor once, which `parametrize.cached` then gives to the export.
+
+    The graph has the weights themselves then, and not what computes them, which takes several times
+    as long to export as the network.
+    """
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for name in module.parametrizations:  # type: ignore[union-attr]
+                getattr(module, name)
 
 
 def _exported(
@@ -260,7 +284,7 @@ def _exported(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch to itself
             program: torch.export.ExportedProgram = torch.export.export(model, args, kwargs)
-            if any(map(_writes_in_place, program.graph.nodes)):
+            if _may_write_in_place(program.graph_module):
                 # An empty table decomposes nothing: it only replaces what is written in place, so
                 # that each node has one value.
                 program = program.run_decompositions({})
@@ -271,10 +295,13 @@ def _exported(
         ) from error
 
 
-def _writes_in_place(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return True  # its inner graph might
-    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+def _may_write_in_place(module: fx.GraphModule) -> bool:
+    """Return whether a graph, or one within it, has an operation that writes into an argument."""
+    schemas = (schema_of(node.target) for node in module.graph.nodes)
+    inner = [part for part in module.children() if isinstance(part, fx.GraphModule)]
+    return any(schema is not None and schema.is_mutable for schema in schemas) or any(
+        map(_may_write_in_place, inner)
+    )
 
 
 @dataclass(eq=False)
@@ -342,8 +369,8 @@ class _Walk:
     def _input(self, spec: Any) -> Any:
         """Return what a placeholder of the graph stands for."""
         if spec.kind == InputKind.USER_INPUT:
-            value = getattr(spec.arg, "value", None)
-            return value if type(spec.arg).__name__ == "ConstantArgument" else _NETWORK_INPUT
+            constant = isinstance(spec.arg, ConstantArgument)
+            return spec.arg.value if constant else _NETWORK_INPUT
         tensors = (self.program.state_dict, self.program.constants)
         for table in tensors:
             if spec.target in table:
@@ -389,7 +416,7 @@ class _Walk:
         inner = next((arg for arg in args if isinstance(arg, fx.GraphModule)), None)
         if inner is not None:
             return self._nested(node, inner, args)
-        if not isinstance(target, torch._ops.OpOverload):
+        if schema_of(target) is None:
             return self._without_constant(node, "it is no operation of torch that has a rule")
         operation = _operation(node, args, kwargs, calls, self.tightness)
         calls[node] = operation
@@ -539,7 +566,7 @@ def _element(node: fx.Node, value: Any) -> Any:
 
 
 def _operation_name(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return str(schema.name) if schema is not None else str(node.target)
 
 
@@ -551,10 +578,11 @@ def _operation(
     tightness: float,
 ) -> Operation:
     """Return a call with its arguments by name, defaults included."""
-    target: Any = node.target
+    schema = schema_of(node.target)
+    assert schema is not None
     arguments: dict[str, Any] = {}
     nodes: dict[str, Any] = {}
-    for i, argument in enumerate(target._schema.arguments):
+    for i, argument in enumerate(schema.arguments):
         given = (args, node.args) if i < len(args) else None
         if given is not None:
             arguments[argument.name], nodes[argument.name] = given[0][i], given[1][i]
@@ -567,8 +595,9 @@ def _operation(
     if isinstance(first, list | tuple) and first:
         first = first[0]
     return Operation(
-        name=str(target._schema.name),
-        target=target,
+        name=str(schema.name),
+        target=node.target,
+        schema=schema,
         arguments=arguments,
         nodes=nodes,
         shape=tuple(first.shape) if isinstance(first, Tensor) else (),
@@ -593,13 +622,8 @@ def _evaluated_for_shapes(node: fx.Node, args: Any, kwargs: Any) -> Any:
             return value
         return torch.empty(value.shape, dtype=value.dtype)
 
-    args, kwargs = pytree.tree_map(stand_in, (args, kwargs), is_leaf=_is_operand)
     target: Any = node.target
-    return target(*args, **kwargs)
-
-
-def _is_operand(value: Any) -> bool:
-    return isinstance(value, Operand)
+    return target(*fx.node.map_aggregate(args, stand_in), **fx.node.map_aggregate(kwargs, stand_in))
 
 
 def _module_paths(node: fx.Node) -> list[str]:
@@ -639,8 +663,8 @@ def _described(operation: Operation) -> list[Any]:
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
 
     arguments = list(operation.arguments.values())
-    leaves: list[Any] = pytree.tree_map(described, arguments, is_leaf=_is_operand)
-    return leaves
+    values: Any = fx.node.map_aggregate(arguments, described)
+    return list(values)
 
 
 def _exp_up(log: float) -> float:

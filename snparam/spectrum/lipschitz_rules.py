@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from snparam.matrices.convolutions import Geometry
+from snparam.matrices.torch_private import schema_of
 from snparam.spectrum.linear_norms import (
     ConvolutionMap,
     LinearMap,
@@ -161,6 +162,7 @@ class Operation:
     Attributes:
         name: name of the operation without its overload, such as `aten::relu`.
         target: the overload.
+        schema: its schema.
         arguments: each argument by its name in the operation's schema, defaults included. A value
             that depends on the network's input is an `Operand`, every other one is itself.
         nodes: the same, as nodes of the graph.
@@ -171,6 +173,7 @@ class Operation:
 
     name: str
     target: Any
+    schema: Any
     arguments: Mapping[str, Any]
     nodes: Mapping[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
@@ -212,7 +215,7 @@ class Operation:
     def evaluated(self, value: Tensor) -> Any:
         """Return what the operation makes of `value` in the place of the one `Operand`."""
         filled = {n: value if isinstance(v, Operand) else v for n, v in self.arguments.items()}
-        schema = self.target._schema.arguments
+        schema = self.schema.arguments
         positional = [filled[argument.name] for argument in schema if not argument.kwarg_only]
         named = {argument.name: filled[argument.name] for argument in schema if argument.kwarg_only}
         return self.target(*positional, **named)
@@ -723,8 +726,8 @@ def _folded(operand: Operand, factor: Tensor) -> Composition | None:
 
 def _name_of(node: Any) -> str:
     """Return the name of the operation of a node, "" for anything else."""
-    schema = getattr(node.target, "_schema", None) if isinstance(node, fx.Node) else None
-    return schema.name.removeprefix("aten::") if schema is not None else ""
+    schema = schema_of(node.target) if isinstance(node, fx.Node) else None
+    return str(schema.name).removeprefix("aten::") if schema is not None else ""
 
 
 def _without_copies(node: Any) -> Any:
@@ -1187,7 +1190,7 @@ def _interpolation(operation: Operation) -> Bound:
                     alone[name] = 1.0
             sizes = [x.shape[0] if i == axis else 2 for i in range(axes)]
             constant = x.reshape(-1, 1, *(1 if n == 2 else n for n in sizes)).expand(-1, 1, *sizes)
-            image: Tensor = Operation(operation.name, operation.target, alone).evaluated(constant)
+            image: Tensor = replace(operation, arguments=alone).evaluated(constant)
             return image.movedim(2 + axis, 2).flatten(3).select(3, 0) if axes > 1 else image
 
         matrices.append(axis_matrix(interpolate, operand.shape[axis - axes]))
