@@ -63,7 +63,8 @@ class CertificateRow:
         operation: name of the operation in torch, such as "conv2d".
         constant: the operation's own Lipschitz constant, or how it joins several inputs.
         log10_bound: log₁₀ of an upper bound of the Lipschitz constant of its result as a function
-            of the network's input.
+            of the network's input; NaN where the operation is part of the linear map that follows,
+            whose row counts both.
         reason: why it has no constant; "" where it has one.
     """
 
@@ -147,7 +148,13 @@ class Certificate:
         """Return an aligned table of the operations, the bound, and what it does not cover."""
         header = ["module", "operation", "constant", "log10 of the bound"]
         cells = [
-            [row.name, row.operation, row.constant, f"{row.log10_bound:.4f}"] for row in self.rows
+            [
+                row.name,
+                row.operation,
+                row.constant,
+                "" if math.isnan(row.log10_bound) else f"{row.log10_bound:.4f}",
+            ]
+            for row in self.rows
         ]
         shapes = ", ".join(map(str, self.input_shapes))
         lines = [aligned_table(header, cells), ""]
