@@ -47,6 +47,8 @@ _RANDOM_IN_TRAINING = operations(
     "dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout rrelu "
     "scaled_dot_product_attention"
 )
+# What batch norm is called where operations that write in place have been replaced.
+_SHOWN = {"aten::_native_batch_norm_legit_no_training": "batch_norm"}
 _NO_RULE = "there is no rule for it; pass one, as rules={{torch.ops.{name}: its constant}}"
 _DISCRETE = (
     "it takes integers or booleans that depend on the network's input, and jumps where they "
@@ -63,8 +65,7 @@ class CertificateRow:
         operation: name of the operation in torch, such as "conv2d".
         constant: the operation's own Lipschitz constant, or how it joins several inputs.
         log10_bound: log₁₀ of an upper bound of the Lipschitz constant of its result as a function
-            of the network's input; NaN where the operation is part of the linear map that follows,
-            whose row counts both.
+            of the network's input; NaN where the operation counts as a part of one that follows.
         reason: why it has no constant; "" where it has one.
     """
 
@@ -413,6 +414,9 @@ class _Walk:
         name = _operation_name(node)
         if _is_random(target) and name not in _RANDOM_IN_TRAINING:
             return self._without_constant(node, "it is random")
+        schema = schema_of(target)
+        if schema is not None and schema.is_mutable:
+            return self._without_constant(node, "it writes into its input")
         operands = list(operands_in([*args, *kwargs.values()]))
         if not operands:
             return target(*args, **kwargs)
@@ -423,7 +427,7 @@ class _Walk:
         inner = next((arg for arg in args if isinstance(arg, fx.GraphModule)), None)
         if inner is not None:
             return self._nested(node, inner, args)
-        if schema_of(target) is None:
+        if schema is None:
             return self._without_constant(node, "it is no operation of torch that has a rule")
         operation = _operation(node, args, kwargs, calls, self.tightness)
         calls[node] = operation
@@ -435,7 +439,7 @@ class _Walk:
             bound.source.bound  # noqa: B018 - else a chain of maps is as deep as it is long
         operand = _operand(node, bound)
         if operation.name not in REARRANGEMENTS and not operand.is_discrete:
-            self._note(node, name.split("::")[-1], operand)
+            self._note(node, name, operand)
         return operand
 
     def _bound(
@@ -517,13 +521,14 @@ class _Walk:
 
     def _without_constant(self, node: fx.Node, reason: str) -> Operand:
         operand = _operand(node, Bound(math.inf))
-        self._note(node, _operation_name(node).split("::")[-1], operand, reason)
+        self._note(node, _operation_name(node), operand, reason)
         return operand
 
     def _note(self, node: fx.Node, operation: str, operand: Operand, reason: str = "") -> None:
         paths = _module_paths(node)
         name = paths[-1].partition("@")[0] if paths else ""
-        self._entries.append((name, operation, operand, reason))
+        shown = _SHOWN.get(operation, operation.removeprefix("aten::"))
+        self._entries.append((name, shown, operand, reason))
 
 
 _NETWORK_INPUT = object()
@@ -554,7 +559,7 @@ def _operand(node: fx.Node, known: Bound | Composition) -> Operand:
     """Return the value of a node that depends on the network's input."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
-        return Operand(tuple(value.shape), value.dtype, known)
+        return Operand(tuple(value.shape), value.dtype, known, value.device)
     return Operand((), None, known)
 
 
@@ -627,7 +632,7 @@ def _evaluated_for_shapes(node: fx.Node, args: Any, kwargs: Any) -> Any:
     def stand_in(value: Any) -> Any:
         if not isinstance(value, Operand):
             return value
-        return torch.empty(value.shape, dtype=value.dtype)
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
     target: Any = node.target
     return target(*fx.node.map_aggregate(args, stand_in), **fx.node.map_aggregate(kwargs, stand_in))

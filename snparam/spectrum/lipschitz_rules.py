@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from snparam.matrices.convolutions import Geometry
 from snparam.matrices.torch_private import schema_of
@@ -122,11 +123,13 @@ class Operand:
         shape: its shape; () for several tensors.
         dtype: its dtype; None for several tensors.
         known: its bound, or the linear map from which that follows.
+        device: its device; None for several tensors.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     known: Bound | Composition
+    device: torch.device | None = None
 
     @cached_property
     def bound(self) -> Bound:
@@ -213,8 +216,15 @@ class Operation:
         return value
 
     def evaluated(self, value: Tensor) -> Any:
-        """Return what the operation makes of `value` in the place of the one `Operand`."""
-        filled = {n: value if isinstance(v, Operand) else v for n, v in self.arguments.items()}
+        """Return what the operation makes of `value` in the place of the one operand, on a CPU."""
+
+        def filled_in(argument: Any) -> Any:
+            if isinstance(argument, Operand):
+                return value
+            return argument.cpu() if isinstance(argument, Tensor) else argument
+
+        arguments = {name: [argument] for name, argument in self.arguments.items()}
+        filled = {n: map_aggregate(a, filled_in)[0] for n, a in arguments.items()}
         schema = self.schema.arguments
         positional = [filled[argument.name] for argument in schema if not argument.kwarg_only]
         named = {argument.name: filled[argument.name] for argument in schema if argument.kwarg_only}
@@ -552,6 +562,11 @@ def _reduction(operation: Operation) -> Bound:
 
 # Several inputs
 
+_GATE = (
+    "it multiplies two values that depend on the input, at least one of which is unbounded (a "
+    "gate, as in squeeze-and-excitation)"
+)
+
 
 @rule("add sub subtract rsub")
 def _add(operation: Operation) -> Bound:
@@ -653,10 +668,7 @@ def _mul(operation: Operation) -> Bound | Composition:
 def _product(operation: Operation, left: Operand, right: Operand) -> Bound:
     """‖Δ(fg)‖ ≤ sup|f| ‖Δg‖ + sup|g| ‖Δf‖."""
     if math.isinf(left.magnitude) or math.isinf(right.magnitude):
-        raise NoConstant(
-            "it multiplies two values that depend on the input, at least one of which is unbounded"
-            " (a gate, as in squeeze-and-excitation)"
-        )
+        raise NoConstant(_GATE)
     logs = []
     for one, other in ((left, right), (right, left)):
         copies = _broadcast_copies(one.shape, operation.shape)
@@ -664,6 +676,34 @@ def _product(operation: Operation, left: Operand, right: Operand) -> Bound:
         logs.append(log_product(one.log_constant, factor))
     magnitude = left.magnitude * right.magnitude * (1 + _SLACK)
     return Bound(log_sum(*logs), magnitude, "sup|f| L + sup|g| L")
+
+
+@rule("addcmul")
+def _addcmul(operation: Operation) -> Bound:
+    """f + value · c · g, with a constant tensor c."""
+    added, left, right = (operation.arguments[n] for n in ("self", "tensor1", "tensor2"))
+    if isinstance(left, Operand) and isinstance(right, Operand):
+        raise NoConstant(_GATE)
+    logs = []
+    if isinstance(added, Operand):
+        copies = _broadcast_copies(added.shape, operation.shape)
+        logs.append(log_product(added.log_constant, log_up(math.sqrt(copies))))
+    operand, factor = (left, right) if isinstance(left, Operand) else (right, left)
+    if isinstance(operand, Operand):
+        product = _scaled(operation, operand, _as_tensor(factor) * operation["value"])
+        bound = product.bound() if isinstance(product, Composition) else product
+        logs.append(bound.log_constant)
+    return Bound(log_sum(*logs), formula="ΣL" if len(logs) > 1 else "1")
+
+
+@rule("glu")
+def _glu(operation: Operation) -> Bound:
+    """f σ(g), where f and g are halves of one value: √(1 + (sup|f| / 4)²) where f is bounded."""
+    operand = operation.first
+    if math.isinf(operand.magnitude):
+        raise NoConstant(_GATE)
+    constant = math.sqrt(1 + (operand.magnitude / 4) ** 2) * (1 + _SLACK)
+    return _times(operand, constant, operand.magnitude)
 
 
 @rule("div divide true_divide")
@@ -688,7 +728,7 @@ def _scaled(operation: Operation, operand: Operand, factor: Tensor) -> Bound | C
     norm is the largest √Σc². A factor of each channel behind a linear map is folded into the map.
     """
     factor = as_float64(factor)
-    if not torch.isfinite(torch.view_as_real(factor) if factor.is_complex() else factor).all():
+    if not _is_finite(factor):
         raise NoConstant("its factor is not finite")
     if operand.shape == operation.shape:
         folded = _folded(operand, factor)
@@ -716,9 +756,8 @@ def _folded(operand: Operand, factor: Tensor) -> Composition | None:
     if len(shape) != len(operand.shape) or axis < 0 or math.prod(shape) != shape[axis]:
         return None
     factors = factor.reshape(-1)
-    return Composition(
-        operand.known.source, linear_map.scaled(factors if len(factors) > 1 else factors[0])
-    )
+    scaled = linear_map.scaled(factors if len(factors) > 1 else factors[0])
+    return Composition(operand.known.source, scaled) if _is_finite(scaled.weight) else None
 
 
 # Patterns: functions of one value that are written as products, quotients and differences
@@ -999,7 +1038,7 @@ def _finite(weight: Tensor) -> Tensor:
         NoConstant: if it has NaN or inf.
     """
     weight = as_float64(weight)
-    if not torch.isfinite(torch.view_as_real(weight) if weight.is_complex() else weight).all():
+    if not _is_finite(weight):
         raise NoConstant(f"its weight {tuple(weight.shape)} has NaN or inf")
     return weight
 
@@ -1215,6 +1254,10 @@ def _broadcast_copies(shape: Sequence[int], result: Sequence[int]) -> int:
 
 def _as_tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool((torch.view_as_real(tensor) if tensor.is_complex() else tensor).isfinite().all())
 
 
 def _largest(tensor: Tensor) -> float:
