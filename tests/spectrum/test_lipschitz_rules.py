@@ -267,3 +267,83 @@ def test_slopes_are_the_largest_ones_rounded_up(name: str) -> None:
     largest = float(y.detach().abs().max())
     assert largest <= known.magnitude
     assert not known.shrinks or (y.abs() <= x.abs() * (1 + 1e-12)).all()
+
+
+# A product is bounded where both of its factors are: the largest entries of each are what counts.
+
+HIGH = 3 * constant(3, 5)
+LARGEST: dict[str, Function] = {
+    "sigmoid": torch.sigmoid,
+    "relu6": F.relu6,
+    "clamp": lambda x: x.clamp(-4, 2),
+    "clamp by tensors": lambda x: torch.clamp(x, torch.tensor(-2.0), torch.tensor(0.5)),
+    "hardtanh": lambda x: F.hardtanh(x, -4, 2),
+    "sum": lambda x: torch.sub(x.clamp(-1, 1), torch.sin(x), alpha=3) + HIGH,
+    "difference": lambda x: 7 - x.clamp(-1, 1),
+    "times": lambda x: x.clamp(-1, 1) * HIGH,
+    "divided": lambda x: x.clamp(-1, 1) / FACTORS,
+    "broadcast": lambda x: (4 * x[:1].clamp(-1, 1)).expand(3, 5),
+    "broadcast times": lambda x: x[:1].clamp(-1, 1) * HIGH,
+    "where": lambda x: torch.where(MASK, x.clamp(-1, 1), 6.0),
+    "masked_fill": lambda x: x.clamp(-1, 1).masked_fill(MASK, -6),
+    "cat": lambda x: torch.cat([x[:1].clamp(-1, 1), 5 * x[1:2].tanh(), 8 * x[2:].sin()]),
+    "maximum": lambda x: torch.maximum(5 * torch.sin(x), x.clamp(-7, 1)),
+    "relu": lambda x: F.relu(x.clamp(-1, 5)),
+    "leaky_relu": lambda x: F.leaky_relu(x.clamp(-5, 1), -3.0),
+    "prelu": lambda x: F.prelu(x.clamp(-5, 1), torch.tensor([-3.0]).double()),
+    "gelu": lambda x: F.gelu(x.clamp(-1, 5)),
+    "softmax": lambda x: (10 * x).softmax(1),
+    "layer_norm": lambda x: F.layer_norm(x, (5,), FACTORS, 4 * FACTORS),
+    "normalize": lambda x: F.normalize(x, eps=0.5),
+    "mean": lambda x: (x.clamp(-5, -1).mean(1, keepdim=True)).expand(3, 5),
+    "total": lambda x: (x.clamp(-5, -1).sum(1, keepdim=True)).expand(3, 5),
+    "largest": lambda x: (x.clamp(-5, -1).max(1, keepdim=True).values).expand(3, 5),
+    "max_pool": lambda x: F.max_pool1d(x.clamp(-5, -1), 3, 1, 1),
+    "avg_pool": lambda x: F.avg_pool1d(x.clamp(-5, -1), 3, 1, 1),
+    "adaptive": lambda x: F.adaptive_avg_pool1d(F.adaptive_max_pool1d(x.clamp(-5, -1), 4), 5),
+    "cube": lambda x: x.clamp(-3, 1) ** 3,
+    "exp": lambda x: x.clamp(-1, 3).exp(),
+    "product": lambda x: x.clamp(-3, 1) * x.flip(1).clamp(-4, 1),
+    "glu": lambda x: F.glu(torch.cat([x, x], 1).clamp(-1, 6)),
+    "padded": lambda x: F.pad(x[:, 1:].clamp(-1, 1), (1, 0), value=5.0),
+    "copied": lambda x: x.clamp(-1, 3).repeat(1, 2)[:, 2:7].flip(0),
+    "scattered": lambda x: torch.slice_scatter(x.clamp(-1, 3), 5 * x[:, :2].tanh(), 1, 0, 2),
+    "dropout": lambda x: F.dropout(x.clamp(-1, 3), 0.5, training=False),
+}
+
+
+class Gated(nn.Module):
+    """f(x) · sin(1000 y) / 1000, whose slope in y is |f(x)| at y = 0."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.function(x) * (torch.sin(1000 * y) * 0.001)
+
+
+class EachGated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions = nn.ModuleList(map(Gated, LARGEST.values()))
+
+    def forward(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        return [function(x, y) for function in self.functions]
+
+
+@cache
+def gated_bounds() -> dict[str, float]:
+    zeros = torch.zeros(VECTORS, dtype=torch.float64)
+    rows = certify(EachGated(), (zeros, zeros)).rows
+    last = {row.name: 10**row.log10_bound for row in rows}
+    return {name: last[f"functions.{index}"] for index, name in enumerate(LARGEST)}
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_the_largest_entry_of_a_factor_is_in_the_bound_of_a_product(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = 5 * torch.randn((400, *VECTORS), generator=generator, dtype=torch.float64)
+    x[:200] = x[:200].sign() * 20 * torch.rand((200, *VECTORS), generator=generator).double()
+    largest = max(float(LARGEST[name](each).abs().max()) for each in x)
+    assert largest <= gated_bounds()[name] <= 3 * largest + 0.3
