@@ -24,7 +24,8 @@ The bases of singular vectors make B diagonal, so that the first two equations a
 definite system for each vector, which conjugate gradients solve with products with R alone, and the
 last is a division by σᵢ + σⱼ. Holding dU orthogonal to U picks one of many bases; what does not
 depend on the bases has its right derivatives, the higher ones too. Each Function's backward is
-written with differentiable operations and the Functions themselves.
+written with differentiable operations and the Functions themselves; forward mode is of the first
+order.
 
 Source: Stewart and Sun 1990, "Matrix perturbation theory", chapter V, for the first two equations;
 Higham 2008, "Functions of matrices", section 8.2, for the polar factor; Hestenes and Stiefel 1952
@@ -39,6 +40,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from snparam.matrices import torch_private
 from snparam.matrices.orthonormalisation import reads_freely, row_norms
 from snparam.matrices.products import left_product, right_product
 
@@ -83,13 +85,34 @@ def triplets_of(matrices: Tensor, u: Tensor, v: Tensor, sv: Tensor, selected: Te
         v: (b, k, n), orthonormal rows.
         sv: (b, k), positive where selected.
         selected: (b, k), bool.
+
+    Raises:
+        NotImplementedError: in forward-mode AD within forward-mode AD.
     """
-    if torch.is_grad_enabled() and matrices.requires_grad:
-        u, v, core = _Subspaces.apply(matrices, u, v, sv, selected)  # type: ignore[no-untyped-call]
-        phase = _PolarFactor.apply(core + _unselected(selected, u.dtype))  # type: ignore[no-untyped-call]
-        return Triplets(u, v, core, phase)
+    if _needs_derivatives(matrices):
+        subspaces: Any = _Subspaces if is_compiling() else _SubspacesInBothModes
+        polar_factor: Any = _PolarFactor if is_compiling() else _PolarFactorInBothModes
+        u, v, core = subspaces.apply(matrices, u, v, sv, selected)
+        return Triplets(u, v, core, polar_factor.apply(core + _unselected(selected, u.dtype)))
     u, v, core = _selected_part(u, v, sv, selected)
     return Triplets(u, v, core, _identity_like(core))
+
+
+def _needs_derivatives(matrices: Tensor) -> bool:
+    """Return whether anything may differentiate functions of matrices.
+
+    Raises:
+        NotImplementedError: in forward-mode AD within forward-mode AD.
+    """
+    if is_compiling() or not torch_private.functorch_is_active():
+        differentiated = torch.is_grad_enabled() and matrices.requires_grad
+        return differentiated or (not is_compiling() and torch_private.forward_ad_is_active())
+    if torch_private.forward_mode_is_nested():
+        raise NotImplementedError(
+            "torch gives autograd Functions wrong derivatives in forward mode within forward "
+            "mode, and clip= and stable_rank= are such; use torch.func.jvp of torch.func.grad"
+        )
+    return True
 
 
 def _selected_part(
@@ -135,17 +158,36 @@ class _Subspaces(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(inputs[0], inputs[-1], *output)
+        ctx.save_for_forward(inputs[0], inputs[-1], *output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         matrices, selected, u, v, core = ctx.saved_tensors
         grad_u, grad_v, grad_core = gradients
-        rest = matrices - u.mT @ (core @ v.conj())
-        core = core + _unselected(selected, u.dtype)
+        rest, core = _rest_and_core(matrices, selected, u, v, core)
         # The adjoint system has Bᴴ in place of B.
         x, y = _solve(rest, core.mH, _without(grad_u, u), _without(grad_v, v))
         left, right = torch.cat([x + grad_core.mT @ u, u], 1), torch.cat([v, y], 1)
         return left.mT @ right.conj(), None, None, None, None
+
+
+class _SubspacesInBothModes(_Subspaces):
+    """`_Subspaces` with forward mode, which torch.compile does not take."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor]:
+        matrices, selected, u, v, core = ctx.saved_tensors
+        rest, core = _rest_and_core(matrices, selected, u, v, core)
+        image, adjoint_image = right_product(tangent, v), left_product(tangent, u)
+        p, q = _solve(rest, core, _without(image, u), _without(adjoint_image, v))
+        return p, q, u.conj() @ image.mT
+
+
+def _rest_and_core(
+    matrices: Tensor, selected: Tensor, u: Tensor, v: Tensor, core: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return R = W − U B Vᴴ, and B with ones where a triplet is not selected."""
+    return matrices - u.mT @ (core @ v.conj()), core + _unselected(selected, u.dtype)
 
 
 def _without(rows: Tensor, basis: Tensor) -> Tensor:
@@ -191,6 +233,7 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:2], *output)
+        ctx.save_for_forward(*inputs[:2], *output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
@@ -199,6 +242,14 @@ class _Solution(torch.autograd.Function):
         grad_rest = x.mT @ q.conj() + p.mT @ y.conj()
         grad_core = -(p.conj() @ x.mT) - y.conj() @ q.mT
         return grad_rest, grad_core, x, y
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor, Tensor]:
+        rest, core, p, q = ctx.saved_tensors
+        d_rest, d_core, d_a, d_c = tangents
+        d_a = d_a - d_core.mT @ p + right_product(d_rest, q)
+        d_c = d_c - d_core.conj() @ q + left_product(d_rest, p)
+        return _solve(rest, core, d_a, d_c)
 
 
 def _solve_by_conjugate_gradients(
@@ -283,6 +334,7 @@ class _PolarFactor(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs, output)
+        ctx.save_for_forward(*inputs, output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -293,9 +345,20 @@ class _PolarFactor(torch.autograd.Function):
         return out
 
 
+class _PolarFactorInBothModes(_PolarFactor):
+    """`_PolarFactor` with forward mode, which torch.compile does not take."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        core, phase = ctx.saved_tensors
+        rotated = phase.mH @ tangent
+        out: Tensor = phase @ _solve_lyapunov(phase.mH @ core, rotated - rotated.mH)
+        return out
+
+
 def _solve_lyapunov(h: Tensor, right: Tensor) -> Tensor:
     """Return X with H X + X H = Y, for H (b, k, k) with the value of a positive diagonal."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not is_compiling():
         solution: Tensor = _LyapunovSolution.apply(h, right)  # type: ignore[no-untyped-call]
         return solution
     return _divide_by_sums(h, right)
@@ -321,9 +384,15 @@ class _LyapunovSolution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_forward(inputs[0], output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         h, x = ctx.saved_tensors
         y = _solve_lyapunov(h, gradient)
         return -(y @ x.mH) - x.mH @ y, y
+
+    @staticmethod
+    def jvp(ctx: Any, d_h: Tensor, d_right: Tensor) -> Tensor:
+        h, x = ctx.saved_tensors
+        return _solve_lyapunov(h, d_right - d_h @ x - x @ d_h)

@@ -263,6 +263,20 @@ def forward_ad_is_active() -> bool:
 
 
 @_requires(
+    "torch._C._functorch.get_interpreter_stack",
+    "torch._C._functorch.TransformType",
+    purpose="tells whether torch.func.jvp runs within another, in which torch 2.13 gives autograd "
+    "Functions wrong derivatives",
+    without="no clipped weight is differentiated under torch.func without it",
+)
+def forward_mode_is_nested() -> bool:
+    """Return whether forward-mode AD of torch.func runs within forward-mode AD of torch.func."""
+    functorch: Any = torch._C._functorch
+    transforms = functorch.get_interpreter_stack() or []
+    return [each.key() for each in transforms].count(functorch.TransformType.Jvp) > 1
+
+
+@_requires(
     "torch._foreach_copy_",
     purpose="stores the states of many small weights by one launch on an accelerator",
     without="no optimizer moves the states with update='step' without it",

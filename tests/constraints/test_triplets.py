@@ -34,7 +34,7 @@ def constrained(view: View, k: int, options: dict[str, Any]) -> Callable[[Tensor
 
     def in_use(weight: Tensor) -> Tensor:
         with torch.no_grad():
-            u, sv, vh = torch.linalg.svd(view.to_matrices(weight), full_matrices=False)
+            u, sv, vh = torch.linalg.svd(view.to_matrices(weight.detach()), full_matrices=False)
             estimate = Estimate.from_vectors(u.mT[:, :k], vh[:, :k].conj(), sv[:, :k])
         return constraint.apply(weight, estimate, {}, given, view, plain=False)
 
@@ -44,6 +44,10 @@ def constrained(view: View, k: int, options: dict[str, Any]) -> Callable[[Tensor
 def view_of(matrix: Tensor, blocks: int = 1) -> View:
     return Layout().view(matrix.shape, blocks)
 
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning"  # torch's own, at the first use of forward mode
+)
 
 # Singular values, the number that is tracked, and the options.
 CASES: dict[str, tuple[list[float], int, dict[str, Any]]] = {
@@ -73,7 +77,7 @@ def test_first_and_second_derivatives(
     values, k, options = CASES[case]
     weight = with_values(values, *shape, seed=len(case), dtype=dtype).requires_grad_()
     in_use = constrained(view_of(weight), k, options)
-    assert gradcheck(in_use, weight)
+    assert gradcheck(in_use, weight, check_forward_ad=True)
     if case != "rank one":  # whose other singular values are equal, and zero
         assert gradgradcheck(in_use, weight, fast_mode=True)
 
@@ -193,3 +197,28 @@ def test_under_torch_func(options: dict[str, Any]) -> None:
         weight = weight.clone().requires_grad_()
         (expected,) = torch.autograd.grad(loss(weight), weight)
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+        _, along = torch.func.jvp(loss, (weight.detach(),), (weights[0],))
+        torch.testing.assert_close(along, (expected * weights[0]).sum(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("options", [CLIP, RANK], ids=str)
+def test_second_derivatives_in_mixed_modes(options: dict[str, Any], dtype: torch.dtype) -> None:
+    weight, first, second = (with_values([3.0, 1.6, 0.5], 3, 4, s, dtype) for s in range(3))
+    in_use = constrained(view_of(weight), 2, options)
+
+    def along(vector: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda W: torch.func.jvp(loss, (W,), (vector,))[1]
+
+    def loss(W: Tensor) -> Tensor:
+        return in_use(W).abs().pow(4).sum()
+
+    leaf = weight.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    (expected,) = torch.autograd.grad((gradient.conj() * first).sum().real, leaf)
+    forward_over_reverse = torch.func.jvp(torch.func.grad(loss), (weight,), (first,))[1]
+    torch.testing.assert_close(forward_over_reverse, expected, rtol=1e-7, atol=1e-7)
+    reverse_over_forward = torch.func.grad(along(first))(weight)
+    torch.testing.assert_close(reverse_over_forward, expected, rtol=1e-7, atol=1e-7)
+    with pytest.raises(NotImplementedError, match=r"jvp of torch\.func\.grad"):
+        torch.func.jvp(along(first), (weight,), (second,))

@@ -144,6 +144,13 @@ def in_forward_ad(look: Callable[[], object]) -> None:
         look()
 
 
+def in_nested_jvp(look: Callable[[], object]) -> None:
+    one = torch.ones(())
+    torch.func.jvp(
+        lambda x: torch.func.jvp(lambda y: (look(), y * y)[1], (x,), (one,))[1], (one,), (one,)
+    )
+
+
 def in_cache(look: Callable[[], object]) -> None:
     with parametrize.cached():
         look()
@@ -189,6 +196,7 @@ SITUATIONS: list[tuple[Callable[[], object], Callable[..., None]]] = [
     (torch_private.dispatch_modes, in_dispatch_mode),
     (torch_private.function_mode_count, in_function_mode),
     (torch_private.forward_ad_is_active, in_forward_ad),
+    (torch_private.forward_mode_is_nested, in_nested_jvp),
     (torch_private.parametrizations_are_cached, in_cache),
     (lambda: torch_private.backward_pass() != -1, in_backward),
     (torch_private.innermost_saved_tensors_hook, in_region),
