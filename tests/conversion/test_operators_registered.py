@@ -350,7 +350,9 @@ def test_the_assertion_for_users_tests_checks_the_convolution() -> None:
     layer.weight.data.fill_(1.0)
     snparam.register_sn(layer, norm="operator", input_size=100)
     assert_spectral_norm(layer)
-    with pytest.raises(AssertionError, match=r"(?s)above 0\.9 .*weight Conv1d \(1, 1, 3\): (1|0\.99)"):
+    with pytest.raises(
+        AssertionError, match=r"(?s)above 0\.9 .*weight Conv1d \(1, 1, 3\): (1|0\.99)"
+    ):
         assert_spectral_norm(layer, at_most=0.9)
 
 
