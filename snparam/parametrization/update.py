@@ -95,6 +95,10 @@ def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     due = []
     for norm in list(STEPWISE):
         original = next((p for p in norm.originals() if id(p) in stepped), None)
+        if original is not None and is_sharded(original) and not norm.view.is_dense:
+            # No rank has the whole convolution. FSDP2 gathers it for the forwards, which go on
+            # moving a state that trusts no hook.
+            continue
         # Optimizers nest: a state that an inner one has moved in this step is up to date, unless
         # its weight has changed since.
         if original is not None and not (norm.moved_at > start and norm.is_current_for(original)):

@@ -336,3 +336,39 @@ def test_the_operator_of_a_sharded_convolution_is_refused_with_the_reason() -> N
     for said in on_ranks(2, operators_of_shards):
         assert "'weight' of Conv1d (4, 2, 3)" in said[0]
         assert all("norm='matrix'" in each for each in said)
+
+
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(0)
+    parts = [nn.Conv1d(2, 4, 3, padding=1), nn.ReLU(), nn.ConvTranspose1d(4, 2, 3, padding=1)]
+    return nn.Sequential(*parts).double()
+
+
+def trained_operators(update: Any, rank: int = 0, world: int = 1) -> Any:
+    """What a network of convolutions computes after some steps, each rank with its batches."""
+    x = torch.ones(1, 2, 8, dtype=torch.float64)
+    model = snparam.convert_model(convolutions(), norm="operator", example_inputs=x, update=update)
+    if world > 1:
+        for module in (model[0], model[2], model):
+            fully_shard(module)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        batch = torch.randn(4, 2, 8, generator=generator, dtype=torch.float64).chunk(world)[rank]
+        (model(batch) + 0).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model(x)  # a last forward moves the states that no optimizer's step has moved
+    return {"output": model.eval()(x).detach().numpy()}
+
+
+def operators_under_fsdp(rank: int) -> list[Any]:
+    return [trained_operators(update, rank, 2) for update in ("forward", "step")]
+
+
+def test_fsdp2_trains_operators_as_a_single_process_does() -> None:
+    """Its forwards have the gathered weight; with update="step" they move the state too."""
+    expected = [trained_operators(update) for update in ("forward", "step")]
+    for results in on_ranks(2, operators_under_fsdp):
+        for found, right in zip(results, expected, strict=True):
+            assert_same(found, right, atol=1e-11)
