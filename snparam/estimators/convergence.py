@@ -33,8 +33,9 @@ _LEAST_STEPS = 8
 # The residual, in units of rounding of the products, at which nothing but rounding is left of it.
 _ROUNDING = 16
 
-# The number of entries of a basis that may be kept to find σ to rounding: 2 GiB in float64.
-_LONG_BASIS = 1 << 28
+# The residual at which a long Lanczos stops, σ being within 5e-11 of a singular value then, and the
+# number of entries that its basis may have: 2 GiB in float64.
+_LONG_TOLERANCE, _LONG_BASIS = 1e-10, 1 << 28
 
 
 def converged(
@@ -91,8 +92,8 @@ def _top_of_matrix(
 def exact_sigma(matrices: Tensor | Stack) -> Tensor:
     """Return the largest singular value of each matrix, (b,) in float64, by a full decomposition.
 
-    Matrices that are known by products, and are large or sharded, take Lanczos to rounding, or to
-    as many vectors as memory holds, in float64 if that is the dtype of their arithmetic:
+    Matrices that are known by products, and are large or sharded, take Lanczos to 5e-11, or to as
+    many vectors as memory holds, in float64 if that is the dtype of their arithmetic:
     `exact_method` tells which of the two it is.
     """
     if not isinstance(matrices, Tensor):
@@ -116,15 +117,15 @@ def exact_method(matrices: Tensor | Stack) -> str:
 
 
 def _long_lanczos(matrices: Stack) -> Tensor:
-    """Return the largest singular value of each matrix, (b,), by Lanczos to rounding.
+    """Return the largest singular value of each matrix, (b,), by a long Lanczos.
 
-    It stops before if the basis has as many vectors as `_LONG_BASIS` allows.
+    It stops at its tolerance, or if the basis has as many vectors as `_LONG_BASIS` allows.
     """
     wide, sigmas = wide_dtype(matrices.dtype), []
     for block in range(matrices.shape[0]):
         matrix = _Block(matrices, block, _largest(matrices, block) or 1.0)
         most_vectors = max(4 * matrix.least_steps, _LONG_BASIS // matrix.size)
-        _, sv, _ = _top_by_lanczos(matrix, 1, wide, 1e-13, most_vectors)
+        _, sv, _ = _top_by_lanczos(matrix, 1, wide, _LONG_TOLERANCE, most_vectors)
         sigmas.append(sv[0] * matrix.scale)
     return torch.stack(sigmas)
 

@@ -22,9 +22,10 @@ from snparam.matrices.views import Layout, View
 
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
 
-# The size up to which the matrix of a convolution is formed to be decomposed: the decomposition
-# then takes a second, and the matrix 128 MiB in float64.
-_LONGEST_SIDE, _MOST_ENTRIES = 2048, 1 << 24
+# The size up to which the matrix of a convolution is formed to be decomposed. Forming it takes one
+# convolution for each entry of the shorter side, and Lanczos about 150; the matrix takes 128 MiB in
+# float64 at most.
+_LONGEST_SIDE, _MOST_ENTRIES = 1024, 1 << 24
 
 # The number of unit vectors that are convolved at once to form a matrix.
 _IMPULSES = 256

@@ -33,7 +33,7 @@ class VerificationRow:
         intended: the norm that the constraint promises for the weight in use: 1, c, min(σ, c) or
             |γ|; 0 for a zero matrix, which stays zero.
         method: how `exact` was found: by `"decomposition"`, or, for the convolution on large inputs
-            and for sharded weights, by `"Lanczos"` to rounding, which approaches it from below.
+            and for sharded weights, by a long `"Lanczos"`, which approaches it from below.
         drift: |exact / intended − 1|; 0 where both are equal, inf where it is NaN.
     """
 
@@ -96,8 +96,8 @@ def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
 
     The promised norm is 1 by default, and c, min(σ, c) or |γ| with `coeff`, `soft` or `gain`. The
     weight in use is the one that eval mode uses, whatever mode the model is in; its norm is
-    computed in float64, by a full decomposition, or, where that would be too large, by Lanczos to
-    rounding (a row says which). Of a convolution with `norm="operator"` it is the norm of the
+    computed in float64, by a full decomposition, or, where that would be too large, by a long
+    Lanczos (a row says which). Of a convolution with `norm="operator"` it is the norm of the
     convolution itself, at the recorded size of its inputs. No state moves. Where a trained network
     drifts, `refresh(model)` converges its estimates.
 

@@ -31,7 +31,7 @@ def norm_of(layer: Any) -> Any:
     return layer.parametrizations.weight[0]
 
 
-@settings(max_examples=200)
+@settings(max_examples=150)
 @given(drawn=layers(torch.float32), update=st.sampled_from(["forward", "step"]))
 def test_every_drawn_convolution_has_norm_one_right_after_registration(
     drawn: Any, update: Any

@@ -68,7 +68,7 @@ def test_the_outer_product_is_the_gradient_of_what_u_and_v_see(
     torch.testing.assert_close(outer, gradient)
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(drawn=layers())
 def test_the_norm_is_found_from_the_products_alone(drawn: Any) -> None:
     """Whether products are in float32, as in training, or in float64."""

@@ -170,10 +170,11 @@ def test_several_singular_values_are_tracked(kind: str, sigma: str) -> None:
     torch.testing.assert_close(norm_of(layer).sv[0, 0], expected[0], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["reflect", "transposed"])
-def test_a_compiled_layer_computes_the_same(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "update"), [("reflect", "forward"), ("transposed", "step")])
+def test_a_compiled_layer_computes_the_same(kind: str, update: Any) -> None:
     torch.compiler.reset()
-    layer, x = registered(kind, torch.float32), inputs(kind, dtype=torch.float32)
+    layer = registered(kind, torch.float32, update=update)
+    x = inputs(kind, dtype=torch.float32)
     other = copy.deepcopy(layer)
     compiled: Any = torch.compile(other, backend="aot_eager")
     for training in (True, False):
@@ -240,6 +241,17 @@ def test_half_precision_is_divided_by_a_norm_in_float32(dtype: torch.dtype) -> N
     used = layer.weight.detach().double()
     sigma = float(plain_norm("circular", used))
     assert sigma == pytest.approx(1, rel=2e-2)
+
+
+def test_refreshing_converges_to_a_weight_that_was_written_unseen() -> None:
+    layer = layer_of("zeros")
+    snparam.register_sn(layer, norm="operator", input_size=(5, 6), update="step")
+    original = layer.parametrizations.weight.original
+    original.data.copy_(torch.linspace(-1, 3, original.numel()).view_as(original))
+    snparam.refresh(layer)
+    expected = float(plain_norm("zeros", original.detach()))
+    assert float(norm_of(layer).sv) == pytest.approx(expected, rel=1e-3)
+    assert float(plain_norm("zeros", snparam.weight_in_use(layer))) == pytest.approx(1, rel=1e-3)
 
 
 def test_channels_last_is_read_as_any_other_memory_format() -> None:
