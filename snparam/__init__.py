@@ -15,7 +15,7 @@ from snparam.conversion.input_sizes import record_input_sizes
 from snparam.conversion.plan import ConversionPlan, plan_conversion
 from snparam.conversion.register import register_sn, remove_sn
 from snparam.conversion.restore import restore_model
-from snparam.estimators import exact, power, rayleigh_ritz  # noqa: F401 - these register themselves
+from snparam.estimators import exact, power, rayleigh_ritz, upper  # noqa: F401 - these register themselves
 from snparam.estimators.convolution_bounds import Bounds
 from snparam.layers.register import register_layer_type
 from snparam.matrices.views import Layout

@@ -13,6 +13,7 @@ from snparam.constraints.constraint import CONSTRAINTS
 from snparam.conversion.input_sizes import NOT_CALLED, NOT_CALLED_REMEDY, Sizes, largest_view
 from snparam.conversion.wrappers import FLAT, flattens, wrapper_problem
 from snparam.estimators.completion import complete_state
+from snparam.estimators.estimate import ESTIMATORS
 from snparam.layers.convolutions import geometry_of, is_convolution
 from snparam.layers.table import (
     Path,
@@ -386,6 +387,12 @@ def _registration_problem(
         return problem
     if obstacle is not None:
         return Problem(obstacle, "change that, or leave this layer out")
+    if is_sharded(tensor) and ESTIMATORS[settings.sigma].side == "above":
+        return Problem(
+            "it is sharded, and a certificate needs the whole weight",
+            "leave it unsharded, or pass another sigma",
+            refuses=True,
+        )
     return tensor_problem(tensor) or _constraint_problem(owner, tensor, settings)
 
 

@@ -387,8 +387,8 @@ def covering_divisor(
         upper: B, (b,), in float64, from `matrix_bounds`.
         frobenius: at least the Frobenius norms, (b,), in float64.
         entries: number m n of entries of a matrix.
-        dtype: the weight's dtype, to which the quotient is rounded; complex ones are divided as
-            pairs of real numbers.
+        dtype: the weight's dtype, to which the quotient is rounded. For a complex one, eight times
+            as much rounding is counted.
         arithmetic: real dtype of d, in which the quotient is computed first.
         coeff: c.
 
@@ -399,11 +399,13 @@ def covering_divisor(
         ValueError: if c is not above √(m n) η, which the rounding of subnormal quotients may reach
             alone.
     """
+    # A complex number is divided by a real one in several steps, in each of its parts.
+    roundings = 8 if dtype.is_complex else 1
     dtype, arithmetic = dtype.to_real(), arithmetic.to_real()
-    relative = torch.finfo(dtype).eps / 2
-    absolute = _smallest_step(dtype, upper.device)
+    relative = torch.finfo(dtype).eps / 2 * roundings
+    absolute = _smallest_step(dtype, upper.device) * roundings
     if arithmetic != dtype:
-        first = torch.finfo(arithmetic).eps / 2
+        first = torch.finfo(arithmetic).eps / 2 * roundings
         relative = relative + first + relative * first
         absolute = absolute + _smallest_step(arithmetic, upper.device)
     room = coeff - (entries * (1 + 1e-12)) ** 0.5 * absolute

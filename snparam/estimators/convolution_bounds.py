@@ -177,6 +177,27 @@ def convolution_bounds(
     return Bounds(float(rounded_down(ends[0])), float(rounded_up(ends[1])), method)
 
 
+def magnitude_bounds(weight: Tensor, geometry: Geometry) -> tuple[float, int]:
+    """Return bounds of the norms of two convolutions that say how rounding of a weight changes it.
+
+    They hold for every input size. The first is of the convolution with the magnitudes of all
+    entries: Σ_j ‖K_j‖_F, times the factor for the padding. The square of the other is the number
+    that is returned second: of the convolution of a kernel of ones, bounded in the same way.
+
+    Args:
+        weight: finite, as in `convolution_bounds`.
+        geometry: stride, padding, dilation and so on.
+    """
+    weight = on_device_with_float64(weight.detach())
+    kernels = weight.to(wide_dtype(weight.dtype)).reshape(geometry.groups, -1, *weight.shape[1:])
+    scale = float(kernels.abs().amax()) or 1.0
+    norms = torch.linalg.matrix_norm((kernels / scale).movedim((1, 2), (-2, -1)))
+    taps = kernels.shape[3:]
+    copies = math.prod(axis.copies for axis in _axes(geometry, taps, None))
+    total = float(norms.flatten(1).sum(1).max()) * scale * math.sqrt(copies) * (1 + 1e-10)
+    return total, math.prod(taps) ** 2 * kernels.shape[1] * kernels.shape[2] * copies
+
+
 def _checked_size(
     weight: Tensor, geometry: Geometry, input_size: Sequence[int] | None
 ) -> tuple[int, ...] | None:

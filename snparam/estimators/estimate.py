@@ -80,6 +80,27 @@ class Estimator:
         """
         raise NotImplementedError
 
+    def certify(
+        self,
+        estimate: Estimate,
+        stack: Tensor | Stack,
+        dtype: torch.dtype,
+        coeff: float,
+        soft: bool,
+    ) -> Estimate:
+        """Return an estimate to divide by for which the norm in use is certainly at most c.
+
+        It is asked of estimators whose σ lies above, after each `move` and `read`.
+
+        Args:
+            estimate: what `move` or `read` returned.
+            stack: (b, m, n), of the same matrices.
+            dtype: dtype of the weight, to which the quotient is rounded.
+            coeff: c; the weight is divided by σ / c.
+            soft: whether c is a bound only, so that weights with σ ≤ c are left alone.
+        """
+        raise NotImplementedError
+
 
 ESTIMATORS: dict[str, Estimator] = {}
 

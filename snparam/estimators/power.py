@@ -7,6 +7,7 @@ compute one vector after another.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class BlockIteration(Estimator):
     stack, and sharded ones have their vectors reduced together.
     """
 
-    side = "below"
+    side: Literal["below", "exact", "above"] = "below"
 
     def start(self, stack: Tensor | Stack, k: int) -> tuple[Tensor, Tensor]:
         """Return converged u and sv, the same in every run."""

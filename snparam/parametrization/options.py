@@ -67,13 +67,19 @@ sigma: how σ is found. `"power"` (the default): the classic iteration. `"raylei
     weight whose second singular value overtakes the first, which the classic order loses
     for many steps. `"exact"`: a full decomposition of the smaller Gram matrix in float64 at
     every read that computes, for small layers and tests; `num_itrs` and `eps` change
-    nothing.
+    nothing. `"upper"`: a certified bound, with which the norm of the weight in use never
+    exceeds c, whatever was rounded; see docs/guarantees.md for what it costs. It goes with
+    `coeff` and `soft`, and with `update="step"` is paid once a step.
 constraint: what is done with σ, by the name under which a constraint is registered. None
     (the default): what `coeff`, `soft`, `gain`, `clip` and `stable_rank` say.
 norm: which map σ is the norm of. `"matrix"` (the default, the classic method): the
     weight, reshaped to a matrix. `"operator"`: of torch's convolutions the convolution
     itself, at the size of the inputs that it sees, with its stride, padding, dilation and
     groups; all other weights are matrices as ever. See docs/guarantees.md."""
+
+
+# The constraints whose norm a certified σ holds: those that divide by σ / c, where c is a number.
+_CERTIFIED = ("fixed", "bound")
 
 
 class Options(TypedDict, total=False):
@@ -149,6 +155,12 @@ class Settings:
         _check_name("sigma", self.sigma, ESTIMATORS)
         if self.constraint is not None:
             _check_name("constraint", self.constraint, CONSTRAINTS)
+        if ESTIMATORS[self.sigma].side == "above" and self.constraint_name not in _CERTIFIED:
+            raise ValueError(
+                f"sigma={self.sigma!r} with constraint={self.constraint_name!r}: the bound that it "
+                "certifies is for coeff and soft alone; leave out gain and constraint, or pass "
+                "another sigma"
+            )
         CONSTRAINTS[self.constraint_name].check(self)
 
     def _check_option_of_constraint(self, option: str) -> None:

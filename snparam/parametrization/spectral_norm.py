@@ -47,7 +47,7 @@ from snparam.constraints.gain import gain_in
 from snparam.estimators.estimate import ESTIMATORS, Estimate
 from snparam.estimators.power import right_vectors
 from snparam.matrices import torch_private
-from snparam.matrices.products import left_product, real_dtype
+from snparam.matrices.products import Stack, left_product, real_dtype
 from snparam.matrices.sharded import full_vector, is_sharded
 from snparam.matrices.stacks import compute_dtype, is_finite, stack_of
 from snparam.matrices.views import WeightView
@@ -75,6 +75,7 @@ _TRANSIENT = (
     "_loaded",
     "_fingerprints",
     "_kept_estimate",
+    "_certificate",
     "_owners",
     "moved_at",
     "number",
@@ -157,6 +158,7 @@ class SpectralNorm(nn.Module):
         self._estimator = ESTIMATORS[settings.sigma]
         self._constraint = CONSTRAINTS[settings.constraint_name]
         self._constraint_options = settings.for_matrices(view.matrices)
+        self._certifies = self._estimator.side == "above"
         self.register_buffer("u", u)
         self.register_buffer("sv", sv)
         if settings.update == "step":
@@ -185,6 +187,7 @@ class SpectralNorm(nn.Module):
         # By `_placement`, because FSDP2 has a sharded and a gathered tensor for one weight.
         self._fingerprints: dict[object, Fingerprint] = {}
         self._kept_estimate: tuple[Fingerprint, tuple[int, ...], Estimate] | None = None
+        self._certificate: tuple[Fingerprint, Estimate] | None = None
         # Weak references, or a model that is no longer used would wait for the garbage collector.
         self._owners: list[tuple[ReferenceType[nn.Module], str]] = []
         self.moved_at = -1
@@ -228,7 +231,7 @@ class SpectralNorm(nn.Module):
         """Move to another device or dtype; a gain keeps its dtype if the new one cannot hold it."""
         parameters = {name: getattr(self, name).detach() for name in self._parameter_names}
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        self._kept_estimate = self._last_estimate = None
+        self._kept_estimate = self._last_estimate = self._certificate = None
         for name, value in parameters.items():
             moved = getattr(self, name)
             if value.dtype != moved.dtype and not moved.is_meta:
@@ -415,6 +418,8 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def _unstored_estimate(self, weight: Tensor) -> Estimate:
         """Return the estimate of one step, and store nothing: eval then depends on u alone."""
+        if self._certifies:
+            return self._eval_certificate(weight)
         if self._constraint.uses_all_triplets:
             return self.unstored_triplets(weight)
         stack = stack_of(weight.detach(), self.view)
@@ -428,13 +433,38 @@ class SpectralNorm(nn.Module):
         (estimate,) = self._estimator.move([stack], us, 1, self.settings.eps)
         return estimate
 
+    def _eval_certificate(self, weight: Tensor) -> Estimate:
+        """Return a certified estimate; in eval mode the last one, if the weight is unchanged."""
+        kept = None if self.training else self._certificate
+        if kept is not None and kept[0].matches(weight):
+            return kept[1]
+        # In inference mode too: a certificate costs too much to be made for one read.
+        with torch.inference_mode(False), torch.no_grad():
+            source = weight.detach()
+            stack = stack_of(source.clone() if weight.is_inference() else source, self.view)
+            estimate = self._estimator.read(stack, self.u.to(stack.dtype), self.settings.eps)
+            estimate = self.certify(weight, stack, estimate)
+        if isinstance(weight, nn.Parameter) and not (self.training or weight.is_inference()):
+            self._certificate = Fingerprint(weight), estimate
+        return estimate
+
+    def certify(self, weight: Tensor, stack: Tensor | Stack, estimate: Estimate) -> Estimate:
+        """Return the certified form of an estimate of a weight, for estimators that have one."""
+        # Fused optimizers write to a weight without counting it: what was certified before a move
+        # does not hold after it.
+        self._certificate = None
+        options = self._constraint_options
+        return self._estimator.certify(
+            estimate, stack, weight.dtype, float(options.coeff), options.soft
+        )
+
     def _training_estimate(self, weight: Tensor) -> Estimate:
         """Return the estimate that a training forward uses, moving the state if that is due."""
         if is_inference_mode_enabled() and not weight.is_inference():
             with torch.inference_mode(False):  # autograd may use what is made here later
                 return self._training_estimate(weight)
         stepwise = self.settings.update == "step"
-        if stepwise and self._is_up_to_date(weight):
+        if stepwise and self._is_up_to_date(weight) and self._is_certified():
             estimate = self._stored_estimate(weight)
         elif self._frozen_depth:
             estimate = self._unstored_estimate(weight)
@@ -464,6 +494,14 @@ class SpectralNorm(nn.Module):
             return True
         return fingerprint is not None and fingerprint.matches(weight)
 
+    def _is_certified(self) -> bool:
+        """Return whether the state needs no certificate, or is as its last one left it.
+
+        A loaded σ, and one that others have written, is a number that nobody has certified.
+        """
+        kept = self._kept_estimate
+        return not self._certifies or (kept is not None and kept[0].matches(*self.state_buffers()))
+
     def _note_weight(self, weight: Tensor) -> None:
         # A tensor that is no Parameter was passed in (by functional_call, say), for one call.
         if isinstance(weight, nn.Parameter):
@@ -477,6 +515,8 @@ class SpectralNorm(nn.Module):
         u = buffers["u"]
         us = [u if u.dtype == stack.dtype else u.to(stack.dtype)]
         (estimate,) = self._estimator.move([stack], us, settings.num_itrs, settings.eps)
+        if self._certifies:
+            estimate = self.certify(weight, stack, estimate)
         for name in self._estimator.buffers:
             buffers[name].copy_(getattr(estimate, name))
         if settings.update == "step":
@@ -553,12 +593,24 @@ class SpectralNorm(nn.Module):
         return value
 
     def _traced_estimate(self, weight: Tensor) -> Estimate:
+        if self._certifies:
+            if not (self.settings.update == "step" and self._trusted):
+                raise RuntimeError(
+                    f"SpectralNorm on {self.name} {self.view.shape}: a compiled graph cannot "
+                    f"certify, as sigma={self.settings.sigma!r} needs; register with update='step' "
+                    "and call snparam.update(model) before the first compiled forward, or compile "
+                    "the network that restore_model leaves"
+                )
+            return self._buffered_estimate()
         if self.moves_traced():
             return self.move(weight)
         if not (self.training and self._is_pure_traced()):
             return self._unstored_estimate(weight)
         if self._loaded and not self._frozen_depth and region_around_compilation() is None:
             self._loaded = False
+        return self._buffered_estimate()
+
+    def _buffered_estimate(self) -> Estimate:
         # The buffers are inputs of the graph, which uses what they hold whenever it runs.
         with torch.no_grad():
             return Estimate.from_vectors(self.u.clone(), self.v.clone(), self.sv.clone())
@@ -672,11 +724,11 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def note_loaded(self, weight: Tensor) -> None:
         """Take u and sv for the state of the weight, as a load has left all three."""
-        self._kept_estimate = self._last_estimate = None
+        self._kept_estimate = self._last_estimate = self._certificate = None
         self._fingerprints.clear()
         self._trusted = False
         if self.settings.update == "step":
-            self._loaded = True
+            self._loaded = not self._certifies
             stack = stack_of(weight.detach(), self.view)
             v = right_vectors(left_product(stack, self.u.to(stack.dtype)), self.settings.eps)
             self._write_v(v)

@@ -138,7 +138,13 @@ def _move_together(group: list[tuple[SpectralNorm, Tensor]]) -> None:
     with without_autocast(weight):
         stacks = [stack_of(weight.detach(), norm.view) for norm, weight in group]
         us = [norm.u.to(stack.dtype) for (norm, _), stack in zip(group, stacks, strict=True)]
-        estimates = ESTIMATORS[settings.sigma].move(stacks, us, settings.num_itrs, settings.eps)
+        estimator = ESTIMATORS[settings.sigma]
+        estimates = estimator.move(stacks, us, settings.num_itrs, settings.eps)
+        if estimator.side == "above":
+            estimates = [
+                norm.certify(weight, stack, estimate)
+                for (norm, weight), stack, estimate in zip(group, stacks, estimates, strict=True)
+            ]
         buffers: list[Tensor] = []
         values: list[Tensor] = []
         for (norm, _), estimate in zip(group, estimates, strict=True):

@@ -372,3 +372,23 @@ def test_fsdp2_trains_operators_as_a_single_process_does() -> None:
     for results in on_ranks(2, operators_under_fsdp):
         for found, right in zip(results, expected, strict=True):
             assert_same(found, right, atol=1e-11)
+
+
+def without_certificate(rank: int) -> list[str]:
+    model = Network()
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(model, mesh, PLAN)
+    with pytest.raises(ValueError, match=r"up\.weight.*sharded, and a certificate needs the whole"):
+        snparam.convert_model(model, sigma="upper")
+    types = [type(module).__name__ for module in model.modules()]
+    model = snparam.convert_model(Network(), sigma="upper")
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(ValueError, match="sigma='upper': the weight is sharded"):
+        snparam.weight_in_use(model.up)
+    model(torch.zeros(2, 12, dtype=torch.float64))  # which FSDP2 gathers the weight for
+    return types
+
+
+def test_a_certificate_of_shards_is_refused() -> None:
+    for types in on_ranks(2, without_certificate):
+        assert types == ["Network", "Linear", "Linear"]

@@ -1,0 +1,275 @@
+"""Certified weights in use: however they are read, no norm exceeds what it is held at."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from helpers.convolutions import exact_norm, ignores_same, layers
+from helpers.holder import held, norm_of, original_of, used
+from helpers.hostile import KINDS, hostile, norms_in_long_double
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import snparam
+from snparam.estimators import upper as subject
+from snparam.testing import weights
+
+REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def exceeds(weight: Tensor, c: float) -> bool:
+    """Whether the norm of a matrix is certainly above c."""
+    weight = weight.detach().flatten(1)
+    if weight.is_complex():
+        real, imaginary = weight.real, weight.imag
+        weight = torch.cat([torch.cat([real, -imaginary], 1), torch.cat([imaginary, real], 1)])
+    (norm,) = norms_in_long_double(weight[None])
+    return bool(norm * (1 - np.longdouble(4e-18)) > c)
+
+
+def all_in_use(layer: nn.Module) -> list[Tensor]:
+    """The weight as training, frozen, eval and inference read it, and as it is baked."""
+    found = [layer.train()().detach()]
+    with snparam.frozen(layer):
+        found.append(layer().detach())
+    found += [used(layer), snparam.weight_in_use(layer)]
+    with torch.inference_mode():
+        found.append(layer.eval()().clone())
+    return [*found, snparam.restore_model(layer).weight.detach()]
+
+
+@settings(max_examples=60)
+@given(
+    weight=weights(dtypes=(*REAL, torch.complex64)),
+    coeff=st.sampled_from((1.0, 0.3, 7.0, 1e-3)),
+    soft=st.booleans(),
+    update=st.sampled_from(("forward", "step")),
+    data=st.data(),
+)
+def test_no_weight_in_use_exceeds_its_norm(
+    weight: Tensor, coeff: float, soft: bool, update: Any, data: Any
+) -> None:
+    count = data.draw(st.integers(1, min(3, *weight.flatten(1).shape)))
+    options: Any = {"coeff": coeff, "soft": soft, "update": update, "sigma": "upper"}
+    for in_use in all_in_use(held(weight, count, **options)):
+        assert in_use.dtype == weight.dtype
+        assert not exceeds(in_use, coeff)
+
+
+@pytest.mark.parametrize("dtype", REAL)
+def test_weights_are_held_closely(dtype: torch.dtype) -> None:
+    """To rounding of their own dtype, times what rounding entries can do to a norm."""
+    for seed, kind in enumerate(KINDS):
+        weight = hostile(kind, 1, 12, 20, seed)[0].to(dtype)
+        in_use = used(held(weight, sigma="upper"))
+        (norm,) = norms_in_long_double(in_use[None])
+        assert norm <= 1
+        assert norm >= 1 - 16 * torch.finfo(dtype).eps - 1e-9
+
+
+def test_classic_normalisation_exceeds_it() -> None:
+    exceeding = 0
+    for seed, kind in enumerate(KINDS):
+        weight = hostile(kind, 1, 12, 20, seed)[0].float()
+        exceeding += exceeds(used(held(weight)), 1.0)
+    assert exceeding > 0
+
+
+def test_a_soft_bound_leaves_smaller_weights_to_the_bit() -> None:
+    weight = hostile("gaussian", 1, 6, 9, 0)[0].float()
+    norm = float(torch.linalg.svdvals(weight.double())[0])
+    for factor in (1 + 1e-8, 1.0001, 1.5):
+        layer = held(weight, sigma="upper", coeff=norm * factor, soft=True)
+        assert torch.equal(used(layer), weight)
+        assert torch.equal(layer.train()().detach(), weight)
+    assert not torch.equal(used(held(weight, sigma="upper", coeff=norm / 2, soft=True)), weight)
+
+
+@pytest.mark.parametrize("broken", [0.0, float("nan")])
+def test_a_weight_without_a_norm_is_left_as_it_is(broken: float) -> None:
+    layer = held(torch.ones(3, 4), sigma="upper")
+    with torch.no_grad():
+        original_of(layer).fill_(broken)
+    for in_use in (layer.train()().detach(), used(layer)):
+        assert torch.equal(in_use.isnan(), original_of(layer).detach().isnan())
+        assert (in_use.nan_to_num() == 0).all()
+
+
+def test_blocks_are_certified_each() -> None:
+    weight = torch.cat([hostile("gaussian", 1, 4, 6, seed)[0] * 10.0**seed for seed in range(3)])
+    in_use = used(held(weight.float(), sigma="upper", blocks=3))
+    for part in in_use.chunk(3):
+        assert not exceeds(part, 1.0)
+        assert float(torch.linalg.svdvals(part.double())[0]) > 1 - 1e-5
+
+
+def network(update: Any, **options: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6))
+    return snparam.convert_model(net, sigma="upper", update=update, **options)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("update", ["forward", "step"])
+def test_training_never_exceeds_it(update: Any, fused: bool) -> None:
+    """At a rate at which an estimate is far off: in each forward, and in eval after each step."""
+    net = network(update, num_svs=2)
+    optimizer = torch.optim.Adam(net.parameters(), 0.1, fused=fused)
+    for index in range(12):
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(index))
+        net.train()
+        optimizer.zero_grad()
+        (net(x) - x.flip(1)).square().mean().backward()
+        if update == "step":
+            with torch.no_grad():
+                assert not any(exceeds(layer.weight, 1.0) for layer in (net[0], net[2]))
+        optimizer.step()
+        if index % 2:
+            net.eval()(x)
+        assert not any(exceeds(snparam.weight_in_use(layer), 1.0) for layer in (net[0], net[2]))
+
+
+@pytest.mark.parametrize("update", ["forward", "step"])
+def test_the_gradient_keeps_the_length_of_the_weight(update: Any) -> None:
+    """The weight in use does not change with the length of W, so that ⟨∂, W⟩ is 0, and else it is
+    that of a multiple of the exact norm."""
+    weight = hostile("gaussian", 1, 5, 7, 3)[0]
+    weighting = hostile("gaussian", 1, 5, 7, 4)[0]
+    layer = held(weight, 2, sigma="upper", update=update)
+    source = weight.clone().requires_grad_()
+    ((source / torch.linalg.svdvals(source)[0]) * weighting).sum().backward()
+    for training in (True, False):
+        layer.train(training).zero_grad()
+        (layer() * weighting).sum().backward()
+        gradient = original_of(layer).grad
+        assert abs(float((gradient * weight).sum())) < 1e-12
+        assert_close(gradient, source.grad, rtol=1e-3, atol=1e-3)
+
+
+def certificates(run: Any) -> int:
+    """How many bounds are computed in a function."""
+    with mock.patch.object(subject, "matrix_bounds", wraps=subject.matrix_bounds) as counted:
+        run()
+    return counted.call_count
+
+
+@pytest.mark.parametrize("update", ["forward", "step"])
+def test_eval_reads_use_a_certificate_until_the_weight_changes(update: Any) -> None:
+    layer = held(torch.randn(4, 5), sigma="upper", update=update).eval()
+    assert certificates(layer) == 1
+    assert certificates(layer) == 0
+    with torch.inference_mode():
+        assert certificates(layer) == 0
+    with torch.no_grad():
+        original_of(layer).mul_(3)
+    assert certificates(layer) == 1
+    assert not exceeds(layer(), 1.0)
+    original = original_of(layer)
+    layer.parametrizations.weight.original = nn.Parameter(original.detach() * 5)
+    assert certificates(layer) == 1
+    assert not exceeds(layer(), 1.0)
+    layer.double()
+    assert certificates(layer) == 1
+    assert not exceeds(layer(), 1.0)
+
+
+def test_forwards_after_a_step_of_the_optimizer_certify_nothing() -> None:
+    net = network("step")
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    net(torch.ones(2, 6)).sum().backward()
+    assert certificates(optimizer.step) == 2
+    assert certificates(lambda: net(torch.ones(2, 6))) == 0
+
+
+@pytest.mark.parametrize("update", ["forward", "step"])
+def test_a_loaded_number_is_certified_anew(update: Any) -> None:
+    """What another estimator has saved is an estimate, and what others write is anything."""
+    torch.manual_seed(0)
+    state = snparam.convert_model(nn.Sequential(nn.Linear(6, 8)), update=update).state_dict()
+    state["0.parametrizations.weight.0.sv"].mul_(0.5)
+    net = snparam.convert_model(nn.Sequential(nn.Linear(6, 8)), update=update, sigma="upper")
+    net.load_state_dict(state)
+    for training in (True, False):
+        with torch.no_grad():
+            assert not exceeds(net.train(training)[0].weight, 1.0)
+    snparam.update(net) if update == "step" else None
+    norm_of(net[0]).sv.mul_(0.5)
+    with torch.no_grad():
+        assert not exceeds(net.train()[0].weight, 1.0)
+
+
+@pytest.mark.parametrize("update", ["forward", "step"])
+def test_a_saved_network_gives_the_same_weights(update: Any) -> None:
+    net, other = network(update), network(update)
+    with torch.no_grad():
+        original_of(net[0]).mul_(2)
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other.eval()[0].weight, net.eval()[0].weight)
+
+
+def test_a_compiled_network_trains_as_the_eager_one() -> None:
+    def trained(compiled: bool) -> list[Tensor]:
+        net = network("step").double()
+        snparam.update(net)
+        run = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        for index in range(3):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(index)).double()
+            optimizer.zero_grad()
+            run(x).square().sum().backward()
+            optimizer.step()
+        net.eval()
+        return [run(torch.ones(2, 6).double()).detach(), *(p.detach() for p in net.parameters())]
+
+    for eager, compiled in zip(trained(False), trained(True), strict=True):
+        assert_close(compiled, eager, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("update", ["forward", "step"])
+def test_a_graph_without_a_certificate_is_refused(update: Any) -> None:
+    run = torch.compile(network(update), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="a compiled graph cannot certify"):
+        run(torch.ones(2, 6))
+
+
+@ignores_same
+@settings(max_examples=30)
+@given(drawn=layers(), update=st.sampled_from(("forward", "step")), grown=st.integers(1, 4))
+def test_a_certified_convolution_is_held_at_every_size(drawn: Any, update: Any, grown: int) -> None:
+    layer, size = drawn
+    snparam.register_sn(layer, norm="operator", input_size=size, sigma="upper", update=update)
+    for training in (True, False):
+        with torch.no_grad():
+            in_use = layer.train(training).weight.clone()
+        plain = type(layer).__mro__[1](1, 1, 1)
+        plain.__dict__.update({k: v for k, v in layer.__dict__.items() if not k.startswith("_p")})
+        plain._parameters = {"weight": nn.Parameter(in_use), "bias": None}
+        plain._modules = {}
+        for n in (size, tuple(length + grown for length in size)):
+            assert exact_norm(plain, n) <= 1 + 1e-13
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gain": "learned"}, "sigma='upper' with constraint='gain'.*leave out gain"),
+        ({"constraint": "gain"}, "sigma='upper' with constraint='gain'"),
+    ],
+)
+def test_what_has_no_certificate_is_refused(options: Any, message: str) -> None:
+    layer = nn.Linear(3, 4)
+    with pytest.raises(ValueError, match=message):
+        snparam.register_sn(layer, sigma="upper", **options)
+    assert type(layer) is nn.Linear
+
+
+def test_a_norm_below_what_rounding_reaches_is_refused() -> None:
+    layer = held(torch.ones(64, 64, dtype=torch.float16), sigma="upper", coeff=1e-6)
+    with pytest.raises(ValueError, match="coeff=1e-06 is too small for a matrix of 4096 entries"):
+        used(layer)
