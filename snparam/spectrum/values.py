@@ -16,7 +16,8 @@ def singular_values(model: nn.Module) -> dict[str, Tensor]:
     On a network with SpectralNorm, they are copies of the tracked estimates `sv` (b, k) of each
     original, as its state last stored them, largest first once converged, on the weight's device.
     Nothing is computed, and no device is waited for. The first value of a block is never above σ by
-    more than rounding; with `init="random"`, all are 1 until the state first moves.
+    more than rounding, but with `sigma="upper"`, where it is the bound that weights are divided by;
+    with `init="random"`, all are 1 until the state first moves.
 
     On a network without SpectralNorm, they are the σ (b, 1) of every weight that `convert_model`
     would convert, computed now; NaN for a weight with NaN or inf. Nothing is registered or changed.

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.convolutions import exact_norm, ignores_same, layers
 from helpers.holder import exact, held, norm_of, original_of, used
 from helpers.matrices import WIDE, gram, matrices, rounding
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -119,6 +120,18 @@ def test_its_gradient_is_that_of_the_decomposition(training: bool, dtype: torch.
     normalised = source / torch.linalg.svdvals(source)[0]
     (normalised * weighting.conj()).sum().real.backward()
     assert_close(original_of(layer).grad, source.grad)
+
+
+@ignores_same
+@settings(max_examples=30)
+@given(drawn=layers())
+def test_a_convolution_is_decomposed_as_its_matrix(drawn: Any) -> None:
+    layer, size = drawn
+    norm = exact_norm(layer, size)
+    snparam.register_sn(layer, norm="operator", input_size=size, sigma="exact")
+    for training in (True, False):
+        estimate = norm_of(layer.train(training)).estimate(original_of(layer).detach())
+        assert abs(float(estimate.sigma) - norm) <= 1e-12 * norm or norm == 0
 
 
 def test_blocks_are_decomposed_each() -> None:
