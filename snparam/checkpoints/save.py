@@ -62,8 +62,9 @@ def state_dict_for(model: nn.Module, spelling: str) -> dict[str, Any]:
 
     Raises:
         ValueError: for an unknown spelling, or if a weight cannot be expressed in it: several
-            blocks, `coeff`, `soft`, `gain`, another constraint than W / σ, another reading of the
-            weight, another parametrization on it; for BigGAN, a weight not named `weight`.
+            blocks, `sigma="upper"`, `coeff`, `soft`, `gain`, another constraint than W / σ, another
+            reading of the weight, another parametrization on it; for BigGAN, a weight not named
+            `weight`.
         TypeError: if `model` is no module.
     """
     check_model(model, "state_dict_for")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from snparam.constraints.constraint import CONSTRAINTS
+from snparam.estimators.estimate import ESTIMATORS
 from snparam.parametrization.extensions import Spelled
 from snparam.parametrization.find import NormalisedWeight
 
@@ -35,8 +36,8 @@ def check_norm_is_one(weight: NormalisedWeight, spelling: str) -> None:
         spelling: name of the spelling, for the error.
 
     Raises:
-        ValueError: if the weight has several blocks, is read as a convolution, or has another
-            constraint; the error says which.
+        ValueError: if the weight has several blocks, is read as a convolution, is divided by a
+            bound, or has another constraint; the error says which.
     """
     settings, blocks = weight.norm.settings, weight.norm.view.matrices[0]
     target = f"spelling {spelling!r}"
@@ -46,6 +47,9 @@ def check_norm_is_one(weight: NormalisedWeight, spelling: str) -> None:
         raise inexpressible(weight, target, f"{reason}, not by that of a matrix")
     if blocks > 1:
         raise inexpressible(weight, target, f"it has blocks={blocks} with a σ each, not one")
+    if ESTIMATORS[settings.sigma].side == "above":
+        reason = f"sigma={settings.sigma!r} divides it by a certified bound, not by an estimate"
+        raise inexpressible(weight, target, reason)
     constraint = settings.constraint_name
     options = settings.for_matrices(weight.norm.view.matrices)
     if not CONSTRAINTS[constraint].divides_by_sigma(options):

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import snparam
 from snparam.estimators import upper as subject
@@ -211,6 +212,34 @@ def test_a_saved_network_gives_the_same_weights(update: Any) -> None:
         original_of(net[0]).mul_(2)
     other.load_state_dict(net.state_dict())
     assert torch.equal(other.eval()[0].weight, net.eval()[0].weight)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("update", ["forward", "step"])
+def test_a_checkpointed_network_trains_as_the_other(update: Any, reentrant: bool) -> None:
+    def trained(run: Any) -> list[Tensor]:
+        net = network(update).double()
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        for index in range(3):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(index)).double()
+            optimizer.zero_grad()
+            run(net, x.requires_grad_()).square().sum().backward()
+            optimizer.step()
+        return [*(p.detach() for p in net.parameters()), *net.buffers()]
+
+    plain = trained(lambda net, x: net(x))
+    other = trained(lambda net, x: checkpoint(net, x, use_reentrant=reentrant))
+    for one, right in zip(other, plain, strict=True):
+        assert_close(one, right, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("spelling", ["torch", "torch-hook", "biggan"])
+def test_layers_that_divide_by_estimates_cannot_say_it(spelling: str) -> None:
+    net = network("forward")
+    with pytest.raises(ValueError, match="sigma='upper' divides it by a certified bound"):
+        snparam.state_dict_for(net, spelling)
+    plain = snparam.state_dict_for(net, "plain")
+    assert torch.equal(plain["0.weight"], net.eval()[0].weight)
 
 
 def test_a_compiled_network_trains_as_the_eager_one() -> None:
