@@ -230,6 +230,14 @@ def test_bounds_above_the_range_of_floats_are_logarithms() -> None:
     )
 
 
+def test_a_chain_of_maps_is_as_deep_as_it_likes() -> None:
+    """Each norm waits until it is asked for, and then not for all the maps before it."""
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(1.01)
+    model = nn.Sequential(*[layer] * 220)
+    assert math.isclose(certify(model, torch.zeros(1, 1)).bound, 1.01**220, rel_tol=1e-4)
+
+
 # The model
 
 
