@@ -209,7 +209,7 @@ SITUATIONS: list[tuple[Callable[[], object], Callable[..., None]]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("index", range(len(SITUATIONS)))
 def test_it_tells_the_situation(index: int) -> None:
     function, situation = SITUATIONS[index]

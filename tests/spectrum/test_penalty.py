@@ -109,7 +109,7 @@ def test_any_weight_gives_its_singular_values(weight: Tensor, k: int) -> None:
     (gradient,) = torch.autograd.grad(value, model.weight)
     assert gradient.dtype == weight.dtype
     # A sum of singular values is homogeneous: its derivative along the weight is the sum itself.
-    along = (gradient.conj().to(wide.dtype) * wide).sum().real
+    along = (gradient.to(wide.dtype).conj() * wide).sum().real
     torch.testing.assert_close(along, value.double(), rtol=1e-2, atol=1e-30)
 
 
