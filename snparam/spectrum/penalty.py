@@ -176,13 +176,13 @@ class _PenalisedWeight:
         assert weight.view is not None
         return cls(weight.name, ref(weight.owner), weight.tensor_name, weight.view)
 
-    def estimate(self, settings: Settings) -> tuple[Tensor, Estimate]:
-        """Return the tensor behind the weight, and its present singular triplets."""
+    def estimate(self, settings: Settings) -> tuple[Tensor, View, Estimate]:
+        """Return the tensor behind the weight, how it is read now, and its singular triplets."""
         owner: Any = self.owner()
         norm = None if owner is None else norm_on(owner, self.tensor_name)
         if norm is not None:
             original: Tensor = owner.parametrizations[self.tensor_name].original
-            return original, norm.unstored_triplets(original)
+            return original, norm.view, norm.unstored_triplets(original)
         tensor: Tensor | None = getattr(owner, self.tensor_name, None)
         if tensor is None or tuple(tensor.shape) != self.view.shape:
             raise ValueError(
@@ -198,7 +198,7 @@ class _PenalisedWeight:
         estimator = ESTIMATORS[_ESTIMATOR]
         (estimate,) = estimator.move([stack], [u], settings.num_itrs, settings.eps)
         self.u = estimate.u
-        return tensor, estimate
+        return tensor, self.view, estimate
 
 
 # The weights of each model that `spectral_penalty` was called with, by `num_svs`, with the vectors
@@ -244,9 +244,9 @@ def _penalty(
     total: Tensor | None = None
     for weight in weights:
         with torch.no_grad():
-            tensor, estimate = weight.estimate(settings)
+            tensor, view, estimate = weight.estimate(settings)
         with without_autocast(tensor):
-            sv: Tensor = _SingularValues.apply(tensor, *estimate[:3], weight.view)  # type: ignore[no-untyped-call]
+            sv: Tensor = _SingularValues.apply(tensor, *estimate[:3], view)  # type: ignore[no-untyped-call]
             value: Any = function(sv)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 raise ValueError(
@@ -281,7 +281,7 @@ class _SingularValues(torch.autograd.Function):
         stack = stack_of(like, ctx.view)
         if not isinstance(stack, Tensor):
             parts = [stack.outer(weighted[:, i], v[:, i]) for i in range(u.shape[1])]
-            return sum(parts[1:], start=parts[0]), None, None, None, None
+            return sum(parts[1:], start=parts[0]).to(like.dtype), None, None, None, None
         matrices = weighted.mT @ v.conj()
         out = ctx.view.entries.from_matrices(matrices, like=like).to(like.dtype)
         return out, None, None, None, None
