@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from snparam.constraints.constraint import Division, Options, Parameters, register_constraint
+from snparam.constraints.constraint import (
+    Division,
+    Options,
+    Parameters,
+    refuse_other_norms,
+    register_constraint,
+)
 from snparam.constraints.division import Divisor
 
 
@@ -13,6 +19,14 @@ class Bound(Division):
     """The constraint that holds the norm at no more than `coeff`."""
 
     name = "bound"
+
+    def check(self, options: Options) -> None:
+        """Refuse options that set the norm in another way.
+
+        Raises:
+            ValueError: if `gain` is set.
+        """
+        refuse_other_norms("constraint='bound'", options, "gain")
 
     def divisor(self, sigma: Tensor, parameters: Parameters, options: Options) -> Divisor:
         """Return max(1, σ / c) and its slope."""

@@ -21,9 +21,9 @@ class Gain(Division):
             ValueError: if `soft` is set, or `coeff` is not 1.
         """
         if options.soft or options.coeff != 1:
+            given = "constraint='gain'" if options.gain is None else f"gain={options.gain!r}"
             raise ValueError(
-                f"gain={options.gain!r} sets the norm, and so do coeff and soft; pass one or the "
-                "other"
+                f"{given} sets the norm, and so do coeff and soft; pass one or the other"
             )
 
     def parameters(self, sigma: Tensor, options: Options) -> dict[str, tuple[Tensor, bool]]:
