@@ -8,6 +8,7 @@ from snparam.constraints.constraint import CONSTRAINTS
 from snparam.estimators.estimate import ESTIMATORS
 from snparam.parametrization.extensions import Spelled
 from snparam.parametrization.find import NormalisedWeight
+from snparam.parametrization.options import Settings
 
 
 def ordinary_entries(
@@ -36,8 +37,8 @@ def check_norm_is_one(weight: NormalisedWeight, spelling: str) -> None:
         spelling: name of the spelling, for the error.
 
     Raises:
-        ValueError: if the weight has several blocks, is read as a convolution, is divided by a
-            bound, or has another constraint; the error says which.
+        ValueError: if the weight has several blocks, is read as a convolution, is divided by an
+            upper bound of σ, or has another constraint; the error says which.
     """
     settings, blocks = weight.norm.settings, weight.norm.view.matrices[0]
     target = f"spelling {spelling!r}"
@@ -48,16 +49,18 @@ def check_norm_is_one(weight: NormalisedWeight, spelling: str) -> None:
     if blocks > 1:
         raise inexpressible(weight, target, f"it has blocks={blocks} with a σ each, not one")
     if ESTIMATORS[settings.sigma].side == "above":
-        reason = f"sigma={settings.sigma!r} divides it by a certified bound, not by an estimate"
+        reason = f"sigma={settings.sigma!r} divides it by an upper bound of σ, not by an estimate"
         raise inexpressible(weight, target, reason)
     constraint = settings.constraint_name
     options = settings.for_matrices(weight.norm.view.matrices)
     if not CONSTRAINTS[constraint].divides_by_sigma(options):
-        given = (
-            f"constraint={constraint!r}, coeff={options.coeff:g}, soft={settings.soft}, "
-            f"gain={settings.gain!r}, clip={settings.clip!r}, stable_rank={settings.stable_rank!r}"
+        default = Settings()
+        given = ", ".join(
+            f"{name}={getattr(settings, name)!r}"
+            for name in ("constraint", "coeff", "soft", "gain", "clip", "stable_rank")
+            if getattr(settings, name) != getattr(default, name)
         )
-        raise inexpressible(weight, target, f"{given} make another weight than W / σ")
+        raise inexpressible(weight, target, f"{given}: it makes another weight than W / σ")
 
 
 def inexpressible(weight: NormalisedWeight, target: str, reason: str) -> ValueError:

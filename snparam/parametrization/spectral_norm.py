@@ -728,7 +728,8 @@ class SpectralNorm(nn.Module):
         self._fingerprints.clear()
         self._trusted = False
         if self.settings.update == "step":
-            self._loaded = not self._certifies
+            # Another estimator may have written the state: its values are no bounds, nor exact.
+            self._loaded = self._estimator.side == "below"
             stack = stack_of(weight.detach(), self.view)
             v = right_vectors(left_product(stack, self.u.to(stack.dtype)), self.settings.eps)
             self._write_v(v)

@@ -176,7 +176,7 @@ def test_a_parameter_that_is_also_used_as_it_is_cannot_be_baked():
 
 INEXPRESSIBLE = [
     (nn.Linear(4, 6), {"blocks": 2}, "torch", "blocks=2"),
-    (nn.Linear(4, 6), {"soft": True, "coeff": 2.0}, "torch-hook", "coeff=2, soft=True"),
+    (nn.Linear(4, 6), {"soft": True, "coeff": 2.0}, "torch-hook", "coeff=2.0, soft=True"),
     (nn.Linear(4, 6), {"coeff": 3.0}, "biggan", "coeff=3"),
     (nn.Linear(4, 6), {"gain": "fixed"}, "torch", "gain='fixed'"),
     (nn.Linear(4, 6), {"constraint": "bound"}, "torch", "constraint='bound'"),

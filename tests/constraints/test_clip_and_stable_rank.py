@@ -221,7 +221,7 @@ def test_an_estimator_of_upper_bounds_has_no_triplets(options: dict[str, Any]) -
 @pytest.mark.parametrize("spelling", ["torch", "torch-hook", "biggan"])
 def test_other_spellings_cannot_say_it(options: dict[str, Any], spelling: str) -> None:
     net = network(**options)
-    with pytest.raises(ValueError, match=f"{spelling}.*make another weight than W / σ"):
+    with pytest.raises(ValueError, match=f"{spelling}.*makes another weight than W / σ"):
         snparam.state_dict_for(net, spelling)
     weights = snparam.plain_state_dict(net)
     torch.testing.assert_close(weights["0.weight"], snparam.weight_in_use(net[0]))

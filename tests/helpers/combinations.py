@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import snparam
 from helpers.convolutions import explicit_matrix
+from helpers.holder import norm_of, original_of
 from helpers.spelled import dominated
 from snparam.constraints.constraint import CONSTRAINTS
 from snparam.estimators.estimate import ESTIMATORS
@@ -146,3 +147,56 @@ def exact_sigmas(kind: str, cell: Cell, weight: Tensor) -> Tensor:
         parts = {None: 1, "auto": getattr(layer, "groups", 1)}.get(cell["blocks"], cell["blocks"])
         matrices = list(matrix.chunk(parts))
     return torch.stack([torch.linalg.matrix_norm(m, 2) for m in matrices])
+
+
+KINDS = list(LAYERS)
+# `constraint=` says by name what the other options say too.
+IMPLIED = [use for use in USES if "constraint" not in use]
+CELLS = [structure | use for structure in STRUCTURES for use in IMPLIED]
+WORKING = [cell for cell in CELLS if is_accepted(cell)]
+NEAR = 2e-3  # right after conversion, the norm of a convolution is within 1e-3
+
+
+def kind_of(cell: Cell) -> str:
+    """The kind of layer that a cell is tried on; neighbouring cells are tried on different ones."""
+    kinds = list(SIZES) if cell["norm"] == "operator" else KINDS
+    return kinds[CELLS.index(cell) % len(kinds)]
+
+
+def everything(layer: nn.Module) -> Any:
+    """What a layer consists of."""
+    state = {name: (id(p), p.detach().clone()) for name, p in layer.named_parameters()}
+    buffers = {name: (id(b), b.clone()) for name, b in layer.named_buffers()}
+    own = {name: dict(v) if isinstance(v, dict) else v for name, v in vars(layer).items()}
+    return type(layer), list(layer.state_dict()), state, buffers, own
+
+
+def assert_unchanged(layer: nn.Module, before: Any) -> None:
+    kind, keys, parameters, buffers, own = everything(layer)
+    assert (kind, keys, own) == (before[0], before[1], before[4])
+    for now, then in ((parameters, before[2]), (buffers, before[3])):
+        assert now.keys() == then.keys()
+        for name, (identity, value) in now.items():
+            assert identity == then[name][0], name
+            assert torch.equal(value, then[name][1]), name
+
+
+def assert_keeps_its_promise(kind: str, cell: Cell, layer: Any, weight: Tensor) -> None:
+    """Whether a weight in use has the norm that its constraint promises, or with a bound no more.
+
+    A bound for inputs of every size may be far above the norm at a small one.
+    """
+    norm = norm_of(layer)
+    promised = norm.promised_norm(exact_sigmas(kind, cell, original_of(layer))).double()
+    used = exact_sigmas(kind, cell, weight)
+    if ESTIMATORS[cell["sigma"]].side == "above":
+        assert (used <= promised * (1 + 1e-12)).all()
+        assert (used >= promised / 3).all()
+    else:
+        torch.testing.assert_close(used, promised.expand_as(used), rtol=NEAR, atol=0)
+
+
+def assert_says_why(message: str, cell: Cell) -> None:
+    """Whether an error names an option that was given, with its value."""
+    named = [f"{name}={value!r}" for name, value in changed(cell).items()]
+    assert any(option in message for option in named), message

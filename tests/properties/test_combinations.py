@@ -14,15 +14,19 @@ from typing import Any
 import pytest
 import torch
 from helpers.combinations import (
-    LAYERS,
-    SIZES,
+    KINDS,
+    NEAR,
     STRUCTURES,
     USES,
+    WORKING,
     Cell,
-    changed,
-    exact_sigmas,
+    assert_keeps_its_promise,
+    assert_says_why,
+    assert_unchanged,
+    everything,
     inputs_for,
     is_accepted,
+    kind_of,
     layer_for,
     name_of,
     register,
@@ -30,50 +34,10 @@ from helpers.combinations import (
 from helpers.holder import norm_of, original_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import snparam
 from snparam.estimators.estimate import ESTIMATORS
-
-KINDS = list(LAYERS)
-# `constraint=` says by name what the other options say too.
-IMPLIED = [use for use in USES if "constraint" not in use]
-CELLS = [structure | use for structure in STRUCTURES for use in IMPLIED]
-WORKING = [cell for cell in CELLS if is_accepted(cell)]
-NEAR = 2e-3  # right after conversion, the norm of a convolution is within 1e-3
-
-
-def kind_of(cell: Cell) -> str:
-    """The kind of layer that a cell is tried on; neighbouring cells are tried on different ones."""
-    kinds = list(SIZES) if cell["norm"] == "operator" else KINDS
-    return kinds[CELLS.index(cell) % len(kinds)]
-
-
-def everything(layer: nn.Module) -> Any:
-    """What a layer consists of."""
-    state = {name: (id(p), p.detach().clone()) for name, p in layer.named_parameters()}
-    buffers = {name: (id(b), b.clone()) for name, b in layer.named_buffers()}
-    own = {name: dict(v) if isinstance(v, dict) else v for name, v in vars(layer).items()}
-    return type(layer), list(layer.state_dict()), state, buffers, own
-
-
-def assert_unchanged(layer: nn.Module, before: Any) -> None:
-    kind, keys, parameters, buffers, own = everything(layer)
-    assert (kind, keys, own) == (before[0], before[1], before[4])
-    for now, then in ((parameters, before[2]), (buffers, before[3])):
-        assert now.keys() == then.keys()
-        for name, (identity, value) in now.items():
-            assert identity == then[name][0], name
-            assert torch.equal(value, then[name][1]), name
-
-
-def assert_keeps_its_promise(kind: str, cell: Cell, layer: Any, weight: Tensor) -> None:
-    norm = norm_of(layer)
-    promised = norm.promised_norm(exact_sigmas(kind, cell, original_of(layer))).double()
-    used = exact_sigmas(kind, cell, weight)
-    torch.testing.assert_close(used, promised.expand_as(used), rtol=NEAR, atol=0)
-    if ESTIMATORS[cell["sigma"]].side == "above":
-        assert (used <= promised * (1 + 1e-12)).all()
 
 
 def assert_trains(kind: str, layer: Any) -> None:
@@ -111,12 +75,6 @@ def assert_restores(layer: Any) -> None:
     snparam.remove_sn(layer, bake=False)
     assert layer.weight is parameter
     assert torch.equal(layer.weight, original)
-
-
-def assert_says_why(message: str, cell: Cell) -> None:
-    """Whether an error names an option that was given, with its value."""
-    named = [f"{name}={value!r}" for name, value in changed(cell).items()]
-    assert any(option in message for option in named), message
 
 
 def refusal(convert: Callable[[], object]) -> str | None:
