@@ -6,17 +6,21 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks import ablation, report
+from benchmarks import ablation, picture, report, tightness
 from benchmarks.rows import Row, Setup
 
 from .cases import CASES
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 41
+
+# What the names of recorded files end in, for what is measured instead of the cases.
+ABLATION, TIGHTNESS = "-ablation", "-tightness"
 
 # Seconds after which a row begins no further round. On an accelerator most rows take milliseconds,
 # but the few that wait for its decompositions would alone take the eight minutes that the whole
@@ -39,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.quick,
         MOST_SECONDS.get(options.device, math.inf),
     )
+    if options.tightness:
+        return _measure_tightness(options, setup)
     rows = []
     for measure in [ablation.rows] if options.ablate else _chosen(options):
         for row in measure(setup):
@@ -53,12 +59,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(report.notes(rows))
     command = _command(options)
     data = report.as_data(rows, setup, command)
-    name = report.kind(setup) + ("-ablation" if options.ablate else "")
-    written = []
+    name = report.kind(setup) + (ABLATION if options.ablate else "")
+    written: list[Path] = []
     if options.record:
         written += [options.results / f"{name}.md", options.results / f"{name}.json"]
         report.write_markdown(written[0], rows, setup, command, options.ablate)
         report.write_json(written[1], data)
+    if options.json:
+        report.write_json(options.json, data)
+        written.append(options.json)
+    for path in written:
+        print(f"wrote {path}")
+    return 0
+
+
+def _measure_tightness(options: argparse.Namespace, setup: Setup) -> int:
+    """Measure, print and perhaps record tightness against cost, and return the exit status."""
+    found = []
+    for point in tightness.points(setup):
+        found.append(point)
+        print(tightness.line(point), flush=True)
+    print()
+    print("\n".join(f"{key}: {value}" for key, value in report.machine(setup).items()))
+    for text in (tightness.table(found), tightness.notes(found)):
+        print()
+        print(text)
+    command = _command(options)
+    data = tightness.as_data(found, setup, command)
+    written: list[Path] = []
+    if options.record:
+        stem = options.results / f"{report.kind(setup)}{TIGHTNESS}"
+        written += [stem.with_name(stem.name + suffix) for suffix in (".md", ".json", ".png")]
+        tightness.write_markdown(written[0], found, setup, command)
+        report.write_json(written[1], data)
+        picture.draw(found).savefig(written[2], dpi=110)
     if options.json:
         report.write_json(options.json, data)
         written.append(options.json)
@@ -85,6 +119,14 @@ def _parser() -> argparse.ArgumentParser:
         "--ablate",
         action="store_true",
         help="instead, measure each of snparam's speed-ups on and off",
+    )
+    parser.add_argument(
+        "--tightness",
+        action="store_true",
+        help=(
+            "instead, measure how near each estimate and bound comes to the norm, and in what "
+            "time (needs scikit-learn; with --record matplotlib)"
+        ),
     )
     parser.add_argument(
         "--rounds",
@@ -116,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
 def _devices() -> str:
     """Return the help of `--device`, with the machines that results are recorded for."""
     recorded = sorted(
-        path.stem for path in RESULTS.glob("*.json") if not path.stem.endswith("-ablation")
+        path.stem
+        for path in RESULTS.glob("*.json")
+        if not path.stem.endswith((ABLATION, TIGHTNESS))
     )
     found = ", ".join(recorded) or "none"
     unseen = "" if any(name.startswith("cuda") for name in recorded) else "; on no CUDA device yet"
@@ -133,6 +177,12 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         parser.error("--device cuda: torch sees no CUDA device here")
     if options.ablate and options.only:
         parser.error("--ablate measures speed-ups, each in its own cases; leave out --only")
+    if options.tightness and (options.only or options.ablate):
+        parser.error("--tightness measures weights of its own; leave out --only and --ablate")
+    needed = {"sklearn": options.tightness, "matplotlib": options.tightness and options.record}
+    for module, is_needed in needed.items():
+        if is_needed and find_spec(module) is None:
+            parser.error(f"--tightness needs {module}, which the extra 'demo' installs")
     if options.record and options.only:
         parser.error("--record writes the whole table; leave out --only, or use --json")
     if options.record and options.quick and options.results == RESULTS:
@@ -144,6 +194,7 @@ def _command(options: argparse.Namespace) -> str:
     parts = ["python -m benchmarks"]
     parts += ["--only " + " ".join(options.only)] if options.only else []
     parts += ["--ablate"] if options.ablate else []
+    parts += ["--tightness"] if options.tightness else []
     parts += [f"--rounds {options.rounds}"] if options.rounds else []
     parts += [f"--threads {options.threads}"] if options.threads else []
     parts += [f"--device {options.device}"] if options.device != "cpu" else []

@@ -135,24 +135,42 @@ def write_markdown(
     path: Path, rows: Sequence[Row], setup: Setup, command: str, ablated: bool = False
 ) -> None:
     """Write the table to a file, with the machine and the command that made it."""
-    about = "\n".join(f"- {key}: {value}" for key, value in machine(setup).items())
-    checked = f"\nChecked in the same run:\n\n```text\n{notes(rows)}\n```\n"
-    text = f"""\
-# {path.stem}
+    about = _ABOUT_SPEED_UPS if ablated else _ABOUT_RATIOS
+    write_page(path, setup, command, about, table(rows), notes(rows))
 
-Made by `{command}`.
 
-{_ABOUT_SPEED_UPS if ablated else _ABOUT_RATIOS} Medians of each are in
-[{path.stem}.json]({path.stem}.json).
+def write_page(
+    path: Path,
+    setup: Setup,
+    command: str,
+    about: str,
+    results: str,
+    checked: str = "",
+    picture: str = "",
+) -> None:
+    """Write results to a Markdown file, with the machine and the command that made them.
 
-{about}
-
-```text
-{table(rows)}
-```
-{checked if notes(rows) else ""}"""
+    Args:
+        path: the file, beside the one with the suffix .json that has all numbers.
+        setup: the settings of the run.
+        command: the command as it was given.
+        about: what the numbers are.
+        results: an aligned table.
+        checked: what was found besides, one line for each check.
+        picture: name of a picture in the same folder.
+    """
+    kind_of_machine = "\n".join(f"- {key}: {value}" for key, value in machine(setup).items())
+    parts = [
+        f"# {path.stem}",
+        f"Made by `{command}`.",
+        f"{about} Medians of each are in\n[{path.stem}.json]({path.stem}.json).",
+        kind_of_machine,
+    ]
+    parts += [f"![Tightness against cost]({picture})"] if picture else []
+    parts.append(f"```text\n{results}\n```")
+    parts += [f"Checked in the same run:\n\n```text\n{checked}\n```"] if checked else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 _ABOUT_RATIOS = """\

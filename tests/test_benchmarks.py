@@ -13,7 +13,20 @@ import torch
 from torch import nn
 
 import snparam
-from benchmarks import __main__, ablation, cases, drift, models, peers, report, timing, work
+from benchmarks import (
+    __main__,
+    ablation,
+    cases,
+    drift,
+    models,
+    peers,
+    published_bounds,
+    report,
+    tightness,
+    timing,
+    weights,
+    work,
+)
 from benchmarks.memory import left_behind, peak_extra
 from benchmarks.rows import Row, Setup
 from benchmarks.timing import WARM_UP, Spread, Times, interleaved
@@ -108,6 +121,8 @@ def test_results_say_how_they_were_made_and_nothing_of_where(
     [
         ["--record", "--only", "layers"],
         ["--ablate", "--only", "layers"],
+        ["--tightness", "--only", "layers"],
+        ["--tightness", "--ablate"],
         ["--record", "--quick"],
         ["--rounds", "0"],
         ["--only", "nothing"],
@@ -127,7 +142,7 @@ def test_what_would_spoil_results_is_refused_before_measuring(arguments: list[st
     ("recorded_names", "said"),
     [
         (["cpu-a-2-threads"], "results exist for cpu-a-2-threads; on no CUDA device yet"),
-        (["cuda-b", "cuda-b-ablation"], "results exist for cuda-b "),
+        (["cuda-b", "cuda-b-ablation", "cuda-b-tightness"], "results exist for cuda-b "),
         ([], "results exist for none; on no CUDA device yet"),
     ],
 )
@@ -409,6 +424,155 @@ def test_what_a_call_leaves_behind_is_what_it_returns() -> None:
         return torch.empty(1000, dtype=passing.dtype)
 
     assert 8_000 <= left_behind(make, "cpu") < 8_600
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("tightness")
+    arguments = ["--quick", "--tightness", "--record", "--results", str(folder)]
+    with pytest.MonkeyPatch.context() as patch:  # which takes half a minute off
+        for module in (tightness, timing):
+            patch.setattr(module, "SHORTEST_SAMPLE", 1e-6)
+        assert __main__.main(arguments) == 0
+    (page,), (path,), (picture,) = (folder.glob(f"*-tightness.{end}") for end in MADE)
+    assert f"]({picture.name})" in page.read_text()
+    found: dict[str, Any] = json.loads(path.read_text())
+    assert found["command"] == "python -m benchmarks --tightness --quick --record"
+    for text in (page.read_text(), path.read_text()):
+        assert str(folder) not in text
+    assert all(point["family"] in page.read_text() for point in found["points"])
+    return found
+
+
+MADE = ("md", "json", "png")
+KINDS = ("Gaussian", "heavy-tailed", "low rank", "trained")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ('sigma="power"', {"1 step", "10 steps"}),
+        ('sigma="rayleigh-ritz"', {"1 step", "10 steps"}),
+        ("start of a conversion", {""}),
+        ('sigma="exact"', {""}),
+        ("certified bound", {"", "tightness 1.05", "tightness 1.01"}),
+        ("σ of the reshaped weight", {""}),
+        ('norm="operator", start', {""}),
+        ("four reshapings (Singla, Feizi 2021)", {""}),
+    ],
+)
+def test_each_method_is_measured_on_each_kind_of_weight(
+    measured: dict[str, Any], kind: str, family: str, settings: set[str]
+) -> None:
+    own = [p for p in measured["points"] if (p["weights"], p["family"]) == (kind, family)]
+    assert {point["setting"] for point in own} == settings
+    assert all(point["cost"]["median"] > 0 for point in own)
+
+
+def test_what_is_called_an_estimate_exact_or_a_bound_is_so(measured: dict[str, Any]) -> None:
+    """Up to the rounding of float32, in which the estimators compute, and others' bounds too."""
+    checked = set()
+    for point in measured["points"]:
+        kind, ratio = point["kind"], point["tightness"]
+        checked.add(kind)
+        if kind == tightness.BOUND:
+            is_certified = point["family"].startswith("certified bound")
+            assert ratio >= (1 if is_certified else 1 - 1e-6), point
+        elif kind == tightness.ESTIMATE:
+            assert ratio <= 1 + 1e-6, point
+        elif kind == tightness.EXACT:
+            assert ratio == pytest.approx(1, abs=1e-6), point
+        if point["setting"].startswith("tightness "):
+            assert ratio <= float(point["setting"].split()[1]), point
+    assert checked == {"estimate", "exact", "bound", "no promise"}
+
+
+def test_a_table_says_which_peers_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tightness, "missing_peers", lambda: ["orthogonium"])
+    text = tightness.table([])
+    assert "orthogonium: not installed" in text
+    assert "deel-torchlip" not in text
+
+
+def test_costs_are_of_one_call_however_often_it_is_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+
+    def lasting(seconds: float) -> Callable[[], float]:
+        def run() -> float:
+            now[0] += seconds
+            return 3.0
+
+        return run
+
+    monkeypatch.setattr(tightness.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(tightness, "_gram_product", lambda weight: lasting(0.002))
+    methods = [
+        tightness.Method(str(seconds), "", "matrix", tightness.BOUND, lasting(seconds))
+        for seconds in (1e-5, 0.001, 0.02)
+    ]
+    setup = Setup("cpu", rounds=3, quick=True)
+    found = list(tightness._measured(setup, "ones", torch.ones(2, 3), {"matrix": 2.0}, methods))
+    assert [point.cost.median for point in found] == pytest.approx([0.005, 0.5, 10])
+    assert [point.seconds for point in found] == pytest.approx([1e-5, 0.001, 0.02])
+    assert {point.tightness for point in found} == {1.5}
+
+
+def test_the_supremum_of_a_symbol_is_found_between_the_points_of_a_grid() -> None:
+    """|1 + a e^{iω} + b e^{2iω}|² is largest at cos ω = −a (1 + b) / 4b where b is negative."""
+    a, b = 1.0, -0.5
+    kernel = torch.zeros(1, 1, 3, 3, dtype=torch.float64)
+    kernel[0, 0, 1] = torch.tensor([1.0, a, b])
+    expected = math.sqrt((1 - b) ** 2 + a**2 - a**2 * (1 + b) ** 2 / (4 * b))
+    assert tightness.supremum(kernel) == pytest.approx(expected, rel=1e-12)
+    assert tightness.supremum(kernel.mT) == pytest.approx(expected, rel=1e-12)
+    assert tightness.supremum(torch.ones(1, 1, 3, 3)) == pytest.approx(9, rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (1, 5)])
+def test_gram_iteration_comes_down_to_the_norm(shape: tuple[int, int], scale: float) -> None:
+    matrices = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)).double() * scale
+    norm = float(torch.linalg.svdvals(matrices).max())
+    found = [published_bounds.gram_iteration(matrices, steps) / norm for steps in (0, 1, 3, 30)]
+    assert all(ratio >= 1 - 1e-12 for ratio in found)
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == pytest.approx(1, rel=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 3), (4, 2, 3, 3), (3, 3, 5, 5), (2, 2, 1, 1)])
+def test_published_bounds_are_bounds_of_the_convolution(shape: tuple[int, ...]) -> None:
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        kernel = torch.randn(shape, dtype=torch.float64, generator=generator)
+        norm = tightness.supremum(kernel, grid=16)
+        found = {
+            "reshapings": published_bounds.four_reshapings(kernel),
+            "frequencies": published_bounds.gram_iteration_on_frequencies(kernel, 5, 16),
+            "kernels": published_bounds.gram_iteration_on_kernels(kernel, 2),
+        }
+        assert all(bound >= norm * (1 - 1e-9) for bound in found.values()), found
+        # With slack for 16 points, and for at most √(taps) that the reshapings may lose.
+        slack = 1 / (1 - (shape[-1] - 1) / 16)
+        assert found["frequencies"] <= 1.05 * slack * norm
+        assert found["reshapings"] <= shape[-1] * norm * (1 + 1e-9)
+        deeper = published_bounds.gram_iteration_on_kernels(kernel, 3)
+        assert norm * (1 - 1e-9) <= deeper <= found["kernels"] * (1 + 1e-9)
+
+
+def test_the_kinds_of_weights_have_the_spectra_that_they_are_for() -> None:
+    shape = (40, 60)
+    values = {
+        kind: torch.linalg.svdvals(draw(*shape))
+        for kind, draw in [
+            ("flat", weights.gaussian), ("heavy", weights.heavy_tailed), ("low", weights.low_rank)
+        ]
+    }  # fmt: skip
+    gaps = {kind: float(found[1] / found[0]) for kind, found in values.items()}
+    assert gaps["heavy"] < 0.8 < gaps["flat"]
+    assert int((values["low"] > 1e-4 * values["low"][0]).sum()) == weights.RANK
 
 
 # README's rows, in order: what is measured, and how many decimals are quoted.
