@@ -51,7 +51,7 @@ def attach(owner: nn.Module, name: str, norm: SpectralNorm) -> None:
     record_order(lists[name], order)
     lists[name].register_load_state_dict_post_hook(_note_load)
     norm.add_owner(owner, name)
-    if norm.settings.update == "step":
+    if norm.watches_optimizers:
         watch_optimizers()
     row = layer_type(owner)
     if row is not None:

@@ -87,8 +87,9 @@ _NO_PARAMETERS: Mapping[str, Tensor] = MappingProxyType({})
 # have to move the states of sharded weights in one order.
 _numbers = count()
 
-# Every state with `update="step"` that is alive, copies included, for the hooks of `update`.
-STEPWISE: WeakSet[SpectralNorm] = WeakSet()
+# Every state that is alive, copies included, and has to know of the steps of optimizers, by the
+# hooks of `update`: those with `update="step"`, and those that keep a certificate of their weight.
+WATCHING: WeakSet[SpectralNorm] = WeakSet()
 
 
 class Reading:
@@ -192,8 +193,8 @@ class SpectralNorm(nn.Module):
         self._owners: list[tuple[ReferenceType[nn.Module], str]] = []
         self.moved_at = -1
         self.number = next(_numbers)
-        if self.settings.update == "step":
-            STEPWISE.add(self)
+        if self.watches_optimizers:
+            WATCHING.add(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, but no option: those of the registration are read-only."""
@@ -529,6 +530,15 @@ class SpectralNorm(nn.Module):
         self._fingerprints.clear()
         self._note_weight(weight)
         self._keep_estimate(weight, estimate)
+
+    @property
+    def watches_optimizers(self) -> bool:
+        """Whether the steps of optimizers concern the state: they move it, or end a certificate."""
+        return self.settings.update == "step" or self._certifies
+
+    def note_step(self) -> None:
+        """Note that an optimizer has written to the weight, which fused ones do uncounted."""
+        self._certificate = None
 
     def trust_hooks(self, time: int) -> None:
         """Rely on the hooks of `update` from now on: they have moved the state, at this time."""

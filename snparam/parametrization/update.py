@@ -29,7 +29,7 @@ from snparam.matrices.sharded import ShardedStack, is_sharded
 from snparam.matrices.stacks import stack_of
 from snparam.parametrization.arguments import check_model
 from snparam.parametrization.find import normalised_states
-from snparam.parametrization.spectral_norm import STEPWISE, SpectralNorm
+from snparam.parametrization.spectral_norm import WATCHING, SpectralNorm
 
 # Weights of at most this many entries, by device type (`_OTHER_STACKED_ENTRIES` for all other
 # types), are moved together with others of their shape. Stacking copies them, which costs less than
@@ -83,25 +83,29 @@ def update(model: nn.Module) -> None:
 
 
 def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    if STEPWISE:
+    if WATCHING:
         _step_starts[optimizer] = next(_clock)
 
 
 def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    if not STEPWISE:
+    if not WATCHING:
         return
     start = _step_starts.pop(optimizer, -1)
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     due = []
-    for norm in list(STEPWISE):
+    for norm in list(WATCHING):
         original = next((p for p in norm.originals() if id(p) in stepped), None)
-        if original is not None and is_sharded(original) and not norm.view.is_dense:
+        if original is None:
+            continue
+        norm.note_step()
+        if is_sharded(original) and not norm.view.is_dense:
             # No rank has the whole convolution. FSDP2 gathers it for the forwards, which go on
             # moving a state that trusts no hook.
             continue
         # Optimizers nest: a state that an inner one has moved in this step is up to date, unless
         # its weight has changed since.
-        if original is not None and not (norm.moved_at > start and norm.is_current_for(original)):
+        is_up_to_date = norm.moved_at > start and norm.is_current_for(original)
+        if norm.settings.update == "step" and not is_up_to_date:
             due.append((norm, original))
     _move_all(due)
 

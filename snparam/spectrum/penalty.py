@@ -176,7 +176,7 @@ class _PenalisedWeight:
         assert weight.view is not None
         return cls(weight.name, ref(weight.owner), weight.tensor_name, weight.view)
 
-    def estimate(self, settings: Settings) -> tuple[Tensor, View, Estimate]:
+    def estimate(self, settings: Settings) -> tuple[Tensor, WeightView, Estimate]:
         """Return the tensor behind the weight, how it is read now, and its singular triplets."""
         owner: Any = self.owner()
         norm = None if owner is None else norm_on(owner, self.tensor_name)
