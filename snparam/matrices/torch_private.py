@@ -217,8 +217,8 @@ without_dispatch_modes: Callable[[], AbstractContextManager[Any]] = _torch_funct
     "torch.nn.Conv1d._conv_forward",
     "torch.nn.Conv2d._conv_forward",
     "torch.nn.Conv3d._conv_forward",
-    purpose="tells a convolution that is torch's own, whose output can be divided by σ instead of "
-    "its weight",
+    purpose="tells a convolution that is torch's own, whose operator is known, and whose output "
+    "can be divided by σ instead of its weight",
     without="no training forward of a normalised convolution runs without it",
     # Their common base has a declaration of that name.
     unchanged=lambda: all(
