@@ -68,9 +68,9 @@ _LEVEL_EXCESS = 1e-6
 _MARGIN = 1 + 1e-5
 _MIN_TIGHTNESS = 1.0001
 
-# Steps of Lanczos on the convolution at a size, for a lower bound; more of them cost more than the
-# upper bound does.
-_LOWER_STEPS = 16
+# Steps of Lanczos on the convolution at a size, for a lower bound, and the multiplications after
+# which there are fewer of them, since they would take longer than the upper bound does.
+_LOWER_STEPS, _LEAST_LOWER_STEPS, _MAX_MULTIPLICATIONS = 16, 3, 1 << 34
 
 _UNIT = 2.0**-53
 
@@ -582,7 +582,9 @@ def _lower_bound_at(kernels: Tensor, geometry: Geometry, input_size: Sequence[in
     x = quasi_random(1, math.prod(shape), device, dtype).reshape(shape)
     basis: list[Tensor] = []
     images: list[Tensor] = []
-    for _ in range(_LOWER_STEPS):
+    each = 2 * kernels.numel() * math.prod(input_size)  # an image, and one of the adjoint
+    affordable = max(_LEAST_LOWER_STEPS, _MAX_MULTIPLICATIONS // each)
+    for _ in range(min(_LOWER_STEPS, affordable)):
         for _ in range(2):
             for q in basis:
                 x = x - torch.vdot(q.flatten(), x.flatten()) * q

@@ -39,7 +39,7 @@ def norms_in_long_double(matrices: Tensor) -> np.ndarray:
     The Rayleigh quotient of a right singular vector that two exact-ish steps have improved. No
     vector gives more than the norm, so that a bound which is below it is wrong.
     """
-    right = torch.linalg.svd(matrices.double())[2][:, :1].mT
+    right = torch.linalg.svd(matrices.double(), full_matrices=False)[2][:, :1].mT
     w = matrices.double().numpy().astype(np.longdouble)
     v = right.numpy().astype(np.longdouble)
     for _ in range(2):
