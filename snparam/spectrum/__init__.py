@@ -1,1 +1,1 @@
-"""Inspection of singular values, tracked and exact, and plots of them; no model is changed."""
+"""Inspection: singular values, bounds of layers and networks, and plots; no model is changed."""

@@ -39,7 +39,7 @@ UserRule: TypeAlias = float | Callable[..., float]
 _OF_SHAPES = operations(
     """
     zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty
-    new_empty_strided _shape_as_tensor sym_size sym_numel sym_stride
+    new_empty_strided zero _shape_as_tensor sym_size sym_numel sym_stride
     """
 )
 # Operations whose rules look whether they are random.
@@ -305,11 +305,13 @@ def _exported(
 
 def _may_write_in_place(module: fx.GraphModule) -> bool:
     """Return whether a graph, or one within it, has an operation that writes into an argument."""
-    schemas = (schema_of(node.target) for node in module.graph.nodes)
     inner = [part for part in module.children() if isinstance(part, fx.GraphModule)]
-    return any(schema is not None and schema.is_mutable for schema in schemas) or any(
-        map(_may_write_in_place, inner)
-    )
+    return any(map(_writes, module.graph.nodes)) or any(map(_may_write_in_place, inner))
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = schema_of(node.target)
+    return schema is not None and bool(schema.is_mutable)
 
 
 @dataclass(eq=False)
@@ -414,8 +416,8 @@ class _Walk:
         name = _operation_name(node)
         if _is_random(target) and name not in _RANDOM_IN_TRAINING:
             return self._without_constant(node, "it is random")
-        schema = schema_of(target)
-        if schema is not None and schema.is_mutable:
+        if _writes(node):
+            # Within a region that has a graph of its own, such operations may be left.
             return self._without_constant(node, "it writes into its input")
         operands = list(operands_in([*args, *kwargs.values()]))
         if not operands:
@@ -427,7 +429,7 @@ class _Walk:
         inner = next((arg for arg in args if isinstance(arg, fx.GraphModule)), None)
         if inner is not None:
             return self._nested(node, inner, args)
-        if schema is None:
+        if schema_of(target) is None:
             return self._without_constant(node, "it is no operation of torch that has a rule")
         operation = _operation(node, args, kwargs, calls, self.tightness)
         calls[node] = operation
@@ -497,7 +499,7 @@ class _Walk:
     def _in_region(self, node: fx.Node, region: _Region, values: dict[fx.Node, Any]) -> Any:
         """Return the value of a node in a module's call: the module's bound, or a constant."""
         args, kwargs, target = _arguments_of(node, values)
-        if not any(True for _ in operands_in([*args, *kwargs.values()])):
+        if not any(True for _ in operands_in([*args, *kwargs.values()])) and not _writes(node):
             return target(*args, **kwargs)
         if region.operand is None:
             inside = set(region.nodes)

@@ -194,11 +194,6 @@ class Operation:
             raise NoConstant(f"its {name} depends on the network's input")
         return value
 
-    @cached_property
-    def operands(self) -> dict[str, Operand]:
-        """The arguments that depend on the network's input, by name."""
-        return {name: v for name, v in self.arguments.items() if isinstance(v, Operand)}
-
     @property
     def first(self) -> Operand:
         """The first argument, where it alone depends on the network's input.

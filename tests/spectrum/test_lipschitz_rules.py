@@ -149,6 +149,15 @@ SHARP: dict[str, tuple[Function, tuple[int, ...]]] = {
         ),
         IMAGES,
     ),
+    "linear map and batch norm": (
+        lambda x: F.batch_norm(F.linear(x, WEIGHT), constant(6), constant(6).abs() + 0.1),
+        VECTORS,
+    ),
+    "instance norm by running statistics": (
+        lambda x: F.instance_norm(x, constant(4), VARIANCES, use_input_stats=False),
+        IMAGES,
+    ),
+    "zeros of its shape": (lambda x: x + torch.zeros_like(x) + x.new_ones(4, 1, 1), IMAGES),
     # pooling
     "avg_pool1d": (lambda x: F.avg_pool1d(x, 3, 2, 1), SEQUENCES),
     "avg_pool2d": (lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), IMAGES),
