@@ -56,8 +56,7 @@ class StableRank(TripletFunction):
         u, v, sv = (part[:, :1] for part in estimate[:3])
         usable = (sv > 0) & sv.isfinite()
         triplets = triplets_of(matrices, u, v, sv, usable)
-        # The polar factor of B is its phase, so that this is |B|, of which B shows only the real
-        # part.
+        # |B|, by the phase of B: of a complex weight Re B is σ to the first order alone.
         sigma = torch.where(usable.unsqueeze(-1), (triplets.phase.conj() * triplets.core).real, 1.0)
         first = triplets.between(triplets.phase)
         rest = matrices / sigma - first

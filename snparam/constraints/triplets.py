@@ -23,9 +23,8 @@ matrix,
 The bases of singular vectors make B diagonal, so that the first two equations are one positive
 definite system for each vector, which conjugate gradients solve with products with R alone, and the
 last is a division by σᵢ + σⱼ. Holding dU orthogonal to U picks one of many bases; what does not
-depend on the bases has its right derivatives, the higher ones too. Each Function's backward is
-written with differentiable operations and the Functions themselves; forward mode is of the first
-order.
+depend on the bases has its right derivatives, the higher ones too. Backward and forward mode of
+each Function are written with differentiable operations and the Functions themselves.
 
 Source: Stewart and Sun 1990, "Matrix perturbation theory", chapter V, for the first two equations;
 Higham 2008, "Functions of matrices", section 8.2, for the polar factor; Hestenes and Stiefel 1952
