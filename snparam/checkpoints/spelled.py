@@ -37,8 +37,8 @@ def check_norm_is_one(weight: NormalisedWeight, spelling: str) -> None:
         spelling: name of the spelling, for the error.
 
     Raises:
-        ValueError: if the weight has several blocks, is read as a convolution, is divided by an
-            upper bound of σ, or has another constraint; the error says which.
+        ValueError: if the weight has several blocks, is read as a convolution, is divided by a
+            bound, or has another constraint; the error says which.
     """
     settings, blocks = weight.norm.settings, weight.norm.view.matrices[0]
     target = f"spelling {spelling!r}"
@@ -49,7 +49,7 @@ def check_norm_is_one(weight: NormalisedWeight, spelling: str) -> None:
     if blocks > 1:
         raise inexpressible(weight, target, f"it has blocks={blocks} with a σ each, not one")
     if ESTIMATORS[settings.sigma].side == "above":
-        reason = f"sigma={settings.sigma!r} divides it by an upper bound of σ, not by an estimate"
+        reason = f"sigma={settings.sigma!r} divides it by a certified bound, not by an estimate"
         raise inexpressible(weight, target, reason)
     constraint = settings.constraint_name
     options = settings.for_matrices(weight.norm.view.matrices)

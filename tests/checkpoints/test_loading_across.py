@@ -143,6 +143,6 @@ def test_another_way_to_find_sigma_takes_the_weight_and_its_own_promise(
         assert torch.equal(original_of(layer), original_of(source))
         if ESTIMATORS[loaded].side == "below":
             assert torch.equal(norm_of(layer).sv, norm_of(source).sv)
-            for _ in range(30):
+            for _ in range(60):
                 layer(inputs_for(kind))
         assert_holds(kind, cells[1], layer)
