@@ -110,3 +110,12 @@ def test_the_table_has_every_option_and_estimator() -> None:
     assert {name for cell in named for name in cell} == options
     others = {name for name, estimator in ESTIMATORS.items() if name != Settings().sigma}
     assert others <= {cell["sigma"] for cell in named if "sigma" in cell}
+
+
+def test_the_table_names_calls_that_there_are_and_each_kind_of_number() -> None:
+    table = [line.split(" | ") for line in TEXT.split("\n\n")[2].splitlines()[2:]]
+    assert all(len(cells) == 5 for cells in table)
+    calls = {name for *_, call in table for name in re.findall(r"`(\w+)\(", call)}
+    assert calls == {"singular_values", "verify", "norm_bounds", "certify"} & set(snparam.__all__)
+    kinds = {kind for cells in table for kind in re.findall(r"\*\*(\w+)\*\*", cells[1])}
+    assert kinds == {"estimate", "exact", "bound", "bounds"}

@@ -71,8 +71,9 @@ class MatrixBounds(NamedTuple):
 def certified_norm(stack: Tensor) -> Tensor:
     """Return an upper bound of the largest singular value of each matrix, rounding included.
 
-    It exceeds σ by 5e-11 of it, and by up to m n u / 2, for u = 2⁻⁵³: 1e-9 for 4096 × 4096. The proof is at the top of this file; see there for what is asked of products. Nothing
-    is differentiated.
+    It exceeds σ by 5e-11 of it, and by up to m n u / 2, for u = 2⁻⁵³: 1e-9 for 4096 × 4096. The
+    proof is at the top of this file; see there for what is asked of products. Nothing is
+    differentiated.
 
     Args:
         stack: (b, m, n), of any real or complex floating dtype.

@@ -43,7 +43,8 @@ def norm_bounds(
         input_size: for a convolution, the spatial size of its input, such as (32, 32); None (the
             default) for a bound that holds at every size. Other layers do not use it.
         tightness: for a convolution, how far the upper bound may exceed the supremum over all
-            sizes, as a ratio of at least 1.0001. Default 1.05; 1.01 takes about three times as long.
+            sizes, as a ratio of at least 1.0001. Default 1.05; 1.01 takes about three times as
+            long.
         name: which weight of a layer with several, such as `"weight_hh_l0"`.
 
     Returns:
