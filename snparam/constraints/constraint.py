@@ -106,7 +106,9 @@ class Constraint:
             estimate: singular vectors and values of the weight, constant to autograd.
             parameters: current values of the tensors that `parameters` has named.
             options: options that the weight is registered with.
-            view: how the weight is read as (b, m, n).
+            view: how the weight is read as (b, m, n). It is dense, so that `view.entries` reads
+                the matrices, unless the constraint is a `Division`: others are refused with
+                `norm="operator"`.
             plain: whether to use torch's own operations alone, for tracers that save them.
         """
         raise NotImplementedError

@@ -41,7 +41,7 @@ class WeightView(Protocol):
 
     @property
     def input_size(self) -> tuple[int, ...] | None:
-        """Lengths of the inputs that the matrices belong to, or None where they do not depend."""
+        """Lengths of the inputs that the matrices are for, None where they depend on no input."""
 
     @property
     def entries(self) -> View:
