@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from snparam.estimators import convergence
 from snparam.layers.convolutions import geometry_of, is_convolution
-from snparam.layers.tensors import is_lazy
+from snparam.layers.tensors import Problem, is_lazy
 from snparam.matrices.convolutions import ConvolutionView, Geometry
 from snparam.matrices.stacks import is_finite, stack_of
 from snparam.parametrization.arguments import check_model
@@ -19,11 +19,11 @@ from snparam.parametrization.find import NormalisedWeight, normalised_weights
 from snparam.parametrization.fingerprint import version_of
 
 Size = tuple[int, ...]
-Sizes = Mapping[int, Sequence[Size]]
+Sizes = Mapping[int, Sequence[Size] | Problem]
 
 
 @torch.no_grad()
-def recorded_sizes(model: nn.Module, example_inputs: Any) -> dict[int, list[Size]]:
+def recorded_sizes(model: nn.Module, example_inputs: Any) -> dict[int, list[Size] | Problem]:
     """Return the sizes at which each convolution is called in a forward on example inputs.
 
     The forward is one in eval mode, without gradients, and leaves the model as it was: its modes,
@@ -36,11 +36,12 @@ def recorded_sizes(model: nn.Module, example_inputs: Any) -> dict[int, list[Size
 
     Returns:
         by the identity of each of torch's convolutions that was called, the lengths of its inputs,
-        without batch and channels, each once, in the order of the calls.
+        without batch and channels, each once, in the order of the calls; or a problem, if it was
+        called with an `output_size` that its own `output_padding` does not give.
 
     Raises:
-        ValueError: if the model has uninitialised parameters (lazy modules), or a transposed
-            convolution is called with an `output_size` of its own.
+        ValueError: if the model has uninitialised parameters (lazy modules).
+        TypeError: if `example_inputs` is of no such kind.
     """
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -48,14 +49,14 @@ def recorded_sizes(model: nn.Module, example_inputs: Any) -> dict[int, list[Size
                 f"example_inputs: '{name}' is uninitialised (a lazy module), and recording the "
                 "sizes of inputs must not initialise it; run one forward first"
             )
-    sizes: dict[int, list[Size]] = {}
+    sizes: dict[int, list[Size] | Problem] = {}
     with ExitStack() as stack:
         stack.enter_context(_same_modes_and_buffers(model))
         stack.enter_context(torch.random.fork_rng(devices=_devices(model)))
-        for name, module in model.named_modules():
+        for module in model.modules():
             module.training = False
             if is_convolution(module):
-                record = _Recorder(sizes, name).record
+                record = _Recorder(sizes).record
                 stack.enter_context(module.register_forward_hook(record, with_kwargs=True))
         _call(model, example_inputs)
     return sizes
@@ -65,29 +66,32 @@ class _Recorder:
     """A forward hook that notes the size of each input of a convolution.
 
     Attributes:
-        sizes: the sizes by the identity of each module, filled here.
-        name: qualified name of the module, for errors.
+        sizes: the sizes by the identity of each module, or a problem with one; filled here.
     """
 
-    def __init__(self, sizes: dict[int, list[Size]], name: str) -> None:
-        self.sizes, self.name = sizes, name
+    def __init__(self, sizes: dict[int, list[Size] | Problem]) -> None:
+        self.sizes = sizes
 
     def record(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        recorded = self.sizes.setdefault(id(module), [])
+        if isinstance(recorded, Problem):
+            return
         x = args[0] if args else next(iter(kwargs.values()))
         axes = len(module.kernel_size)
         size, output_size = tuple(x.shape[-axes:]), tuple(output.shape[-axes:])
         geometry = geometry_of(module)
-        if geometry is not None:
-            expected = geometry.output_size(size, module.kernel_size)
-            if output_size != expected:
-                raise ValueError(
-                    f"SpectralNorm on '{self.name}.weight': with an input of size {size} it gave "
-                    f"an output of size {output_size}, and its output_padding gives {expected}; "
-                    "set output_padding instead of passing output_size"
-                )
-        sizes = self.sizes.setdefault(id(module), [])
-        if size not in sizes:
-            sizes.append(size)
+        expected = (
+            output_size if geometry is None else geometry.output_size(size, module.kernel_size)
+        )
+        if output_size != expected:
+            reason = (
+                f"an input of size {size} gave an output of size {output_size}, which is "
+                f"{expected} by its output_padding"
+            )
+            remedy = "set output_padding instead of passing output_size"
+            self.sizes[id(module)] = Problem(reason, remedy, refuses=True)
+        elif size not in recorded:
+            recorded.append(size)
 
 
 def _call(model: nn.Module, inputs: Any) -> None:
@@ -194,13 +198,17 @@ def _recorded_view(sharers: Sequence[NormalisedWeight], sizes: Sizes) -> Convolu
     """Return the view of convolutions that share a state, at the sizes recorded for all of them.
 
     Raises:
-        ValueError: if one was not called or has no geometry any more, or the weight has NaN or inf.
+        ValueError: if there is a problem with a size, one of them was not called or has no geometry
+            any more, or the weight has NaN or inf.
     """
     recorded: dict[Size, None] = {}
     for weight in sharers:
         if id(weight.owner) not in sizes:
             raise ValueError(f"SpectralNorm on {weight}: {NOT_CALLED}; pass inputs that reach it")
-        recorded.update(dict.fromkeys(sizes[id(weight.owner)]))
+        found = sizes[id(weight.owner)]
+        if isinstance(found, Problem):
+            raise ValueError(f"SpectralNorm on {weight}: {found.reason}; {found.remedy}")
+        recorded.update(dict.fromkeys(found))
     weight = sharers[0]
     geometry = geometry_of(weight.owner)
     if geometry is None:

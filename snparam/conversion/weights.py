@@ -347,8 +347,11 @@ def _reading(
         )
     if id(owner) not in sizes:
         return Problem(NOT_CALLED, NOT_CALLED_REMEDY, refuses=True)
+    recorded = sizes[id(owner)]
+    if isinstance(recorded, Problem):
+        return recorded
     try:
-        return largest_view(tensor, geometry, sizes[id(owner)])
+        return largest_view(tensor, geometry, recorded)
     except ValueError as error:
         return Problem(str(error), "pass the size of an input that the layer takes", refuses=True)
 

@@ -297,8 +297,12 @@ def test_an_output_size_of_its_own_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.up(x, output_size=[18])
 
-    with pytest.raises(ValueError, match=r"'up.weight'.*\(18,\).*\(17,\).*set output_padding"):
+    with pytest.raises(ValueError, match=r"'up.weight' \(1, 1, 3\): .*\(18,\).*\(17,\).*set"):
         snparam.convert_model(Net(), norm="operator", example_inputs=torch.zeros(1, 1, 8))
+    plan = snparam.plan_conversion(
+        Net(), norm="operator", example_inputs=torch.zeros(1, 1, 8), exclude="up"
+    )
+    assert [row.decision for row in plan] == ["skip"]
 
 
 def test_a_shared_convolution_is_converted_where_all_read_the_same_operator() -> None:
