@@ -532,6 +532,11 @@ class SpectralNorm(nn.Module):
         self._keep_estimate(weight, estimate)
 
     @property
+    def needs_whole_weight(self) -> bool:
+        """Whether one rank has to have all of a weight: to convolve with it, or to certify it."""
+        return self._certifies or not self.view.is_dense
+
+    @property
     def watches_optimizers(self) -> bool:
         """Whether the steps of optimizers concern the state: they move it, or end a certificate."""
         return self.settings.update == "step" or self._certifies

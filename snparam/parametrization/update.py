@@ -98,8 +98,8 @@ def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         if original is None:
             continue
         norm.note_step()
-        if is_sharded(original) and not norm.view.is_dense:
-            # No rank has the whole convolution. FSDP2 gathers it for the forwards, which go on
+        if is_sharded(original) and norm.needs_whole_weight:
+            # No rank has the whole weight. FSDP2 gathers it for the forwards, which go on
             # moving a state that trusts no hook.
             continue
         # Optimizers nest: a state that an inner one has moved in this step is up to date, unless

@@ -392,3 +392,22 @@ def without_certificate(rank: int) -> list[str]:
 def test_a_certificate_of_shards_is_refused() -> None:
     for types in on_ranks(2, without_certificate):
         assert types == ["Network", "Linear", "Linear"]
+
+
+def trained_certified(update: Any, rank: int = 0, world: int = 1) -> Any:
+    model = snparam.convert_model(Network(), sigma="upper", update=update)
+    if world > 1:
+        fully_shard(model)
+    train(model, rank, world)
+    return {"output": model.eval()(torch.ones(2, 12, dtype=torch.float64)).detach().numpy()}
+
+
+def certified_under_fsdp(rank: int) -> list[Any]:
+    return [trained_certified(update, rank, 2) for update in ("forward", "step")]
+
+
+def test_fsdp2_trains_certified_weights_as_a_single_process_does() -> None:
+    expected = [trained_certified(update) for update in ("forward", "step")]
+    for results in on_ranks(2, certified_under_fsdp):
+        for found, right in zip(results, expected, strict=True):
+            assert_same(found, right, atol=1e-11)
