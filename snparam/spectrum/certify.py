@@ -112,7 +112,10 @@ class Certificate:
 
     @property
     def without_constant(self) -> tuple[CertificateRow, ...]:
-        """The operations that have no constant, each with its reason."""
+        """The operations that have no constant, each with its reason.
+
+        They make the bound infinite, unless a weight of zero behind them takes them away.
+        """
         return tuple(row for row in self.rows if row.reason)
 
     def radius(self, logits: Tensor) -> Tensor:
@@ -167,6 +170,8 @@ class Certificate:
                 else "no bound, because of"
             )
         )
+        if self.without_constant and self.log_bound < math.inf:
+            lines.append("Without a constant, but multiplied by zero:")
         lines += [f"- {row}" for row in self.without_constant]
         lines.append("The rounding of the network's own arithmetic is not covered.")
         return "\n".join(lines)

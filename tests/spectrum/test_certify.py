@@ -334,6 +334,16 @@ def test_what_has_no_constant_is_named_with_its_place_and_reason(name: str) -> N
     assert certificate.radius(torch.tensor([1.0, 3.0])) == 0
 
 
+def test_what_a_weight_of_zero_takes_away_does_not_count() -> None:
+    """As the last batch norm of a residual branch does at the start of training."""
+    zero = nn.Linear(4, 4)
+    zero.weight.data.zero_()
+    certificate = certify(Residual(nn.Sequential(Gate(), zero)), torch.zeros(2, 4))
+    assert math.isclose(certificate.bound, 1, rel_tol=1e-9)
+    assert [row.name for row in certificate.without_constant] == ["body.0"]
+    assert "multiplied by zero" in str(certificate)
+
+
 def test_every_gate_is_named() -> None:
     model = nn.Sequential(Gate(), nn.ReLU(), Gate())
     reasons = certify(model, torch.zeros(2, 4)).without_constant
