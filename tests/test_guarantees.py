@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
 import math
 import re
@@ -10,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from helpers.combinations import NUMBER, START, Cell, layer_for, register, values
+from helpers.combinations import HEADER, ROWS, START, Cell, layer_for, meant, register
 from torch import nn
 
 import snparam
@@ -33,30 +32,6 @@ def test_the_norms_of_ones_are_those_that_are_named() -> None:
     assert len(sizes) == 2
     for value, n in zip(named, sizes, strict=True):
         assert value == pytest.approx((1 + 2 * math.cos(math.pi / (n + 1))) ** 2, abs=0.05)
-
-
-def rows_of_the_table() -> list[list[str]]:
-    """The cells of the table under "What goes with what", the header first."""
-    section = TEXT.partition("## What goes with what")[2].partition("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [rows[0], *rows[2:]]
-
-
-HEADER, *ROWS = rows_of_the_table()
-
-
-def meant(cell: str) -> list[Cell]:
-    """The options that a cell of the header or the first column names, with each of its values."""
-    found = re.fullmatch(r"`(\w+)=([^`]*)`", cell)
-    if found is None:
-        return [{}]
-    option, value = found.groups()
-    if value == "":
-        return [{option: each} for each in values(option)[1:]]
-    if value in ("c", "r"):
-        return [{option: NUMBER}]
-    return [{option: ast.literal_eval(value)}]
 
 
 def is_registered(cell: Cell) -> bool:

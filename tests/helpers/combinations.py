@@ -6,9 +6,12 @@ constraint or option is in every cell without a change here.
 
 from __future__ import annotations
 
+import ast
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -200,3 +203,32 @@ def assert_says_why(message: str, cell: Cell) -> None:
     """Whether an error names an option that was given, with its value."""
     named = [f"{name}={value!r}" for name, value in changed(cell).items()]
     assert any(option in message for option in named), message
+
+
+def rows_of_the_table() -> list[list[str]]:
+    """The cells of the table under "What goes with what", the header first."""
+    page = Path(__file__).parents[2] / "docs" / "guarantees.md"
+    section = (
+        page.read_text(encoding="utf-8")
+        .partition("## What goes with what")[2]
+        .partition("\n## ")[0]
+    )
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [rows[0], *rows[2:]]
+
+
+HEADER, *ROWS = rows_of_the_table()
+
+
+def meant(cell: str) -> list[Cell]:
+    """The options that a cell of the header or the first column names, with each of its values."""
+    found = re.fullmatch(r"`(\w+)=([^`]*)`", cell)
+    if found is None:
+        return [{}]
+    option, value = found.groups()
+    if value == "":
+        return [{option: each} for each in values(option)[1:]]
+    if value in ("c", "r"):
+        return [{option: NUMBER}]
+    return [{option: ast.literal_eval(value)}]
