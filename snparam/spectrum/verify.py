@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from snparam.conversion.tables import aligned_table
 from snparam.estimators import convergence
+from snparam.estimators.estimate import ESTIMATORS
 from snparam.matrices.products import Stack
 from snparam.matrices.stacks import is_finite, stack_of
 from snparam.parametrization.arguments import check_model
@@ -34,7 +35,9 @@ class VerificationRow:
             |γ|; 0 for a zero matrix, which stays zero.
         method: how `exact` was found: by `"decomposition"`, or, for the convolution on large inputs
             and for sharded weights, by a long `"Lanczos"`, which approaches it from below.
-        drift: |exact / intended − 1|; 0 where both are equal, inf where it is NaN.
+        drift: |exact / intended − 1|; 0 where both are equal, inf where it is NaN. With an
+            estimator that gives an upper bound, `sigma="upper"`, only what exceeds the promise
+            counts: max(0, exact / intended − 1).
     """
 
     name: str
@@ -123,7 +126,10 @@ def verify(model: nn.Module, tolerance: float | None = None) -> Verification:
         exact = _sigma_or_nan(in_use)
         intended = norm.promised_norm(_sigma_or_nan(original))
         estimate = norm.estimated_norm(weight.original)
-        drift = torch.where(exact == intended, 0.0, (exact / intended - 1).abs())
+        excess = exact / intended - 1
+        is_bound = ESTIMATORS[norm.settings.sigma].side == "above"
+        drift = excess.clamp_min(0.0) if is_bound else excess.abs()
+        drift = torch.where(exact == intended, 0.0, drift)
         drift = torch.where(drift.isnan(), torch.inf, drift)
         block = int(drift.argmax())
         rows.append(

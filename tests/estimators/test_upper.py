@@ -180,6 +180,20 @@ def test_eval_reads_use_a_certificate_until_the_weight_changes(update: Any) -> N
     assert not exceeds(layer(), 1.0)
 
 
+def test_to_verify_a_smaller_norm_is_no_drift() -> None:
+    """A bound for every size of the input holds a convolution below 1 at each of them."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1))
+    images = torch.zeros(1, 3, 5, 5)
+    snparam.convert_model(model, sigma="upper", norm="operator", example_inputs=images)
+    (row,) = snparam.verify(model.eval(), tolerance=0.0)
+    assert row.exact < 0.98 * row.intended
+    original = original_of(model[0])
+    with torch.no_grad():
+        original.data.mul_(3)  # which the certificate cannot see
+    with pytest.raises(RuntimeError, match="drift by more than"):
+        snparam.verify(model, tolerance=0.0)
+
+
 @pytest.mark.parametrize("update", ["forward", "step"])
 def test_a_step_that_torch_does_not_count_ends_a_certificate(update: Any) -> None:
     """Fused optimizers write to a weight without moving its version."""
