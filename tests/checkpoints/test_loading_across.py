@@ -91,7 +91,7 @@ def assert_says_why_unspelled(message: str, kind: str, cell: Cell, spelling: str
     assert any(f"{name}=" in message for name in changed(cell)), message
 
 
-@settings(max_examples=60)
+@settings(max_examples=120)
 @given(
     st.sampled_from(WORKING),
     st.sampled_from(WORKING),

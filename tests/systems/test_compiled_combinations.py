@@ -37,11 +37,14 @@ def cells(norm: str, update: str) -> list[Cell]:
 
 
 class Branches(nn.Module):
-    """Layers beside each other, each with options and inputs of its own."""
+    """Layers beside each other, each with options of its own, and far from converged."""
 
     def __init__(self, kind: str, all_options: list[Cell]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(register(layer_for(kind), kind, c) for c in all_options)
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            register(layer_for(kind), kind, cell, init="random") for cell in all_options
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([layer(x).abs().square().mean() for layer in self.layers])
