@@ -13,7 +13,6 @@ from snparam.constraints.constraint import (
     Parameters,
     TripletFunction,
     refuse_other_norms,
-    refuse_upper_bounds,
     register_constraint,
 )
 from snparam.constraints.triplets import triplets_of
@@ -36,17 +35,16 @@ class Clip(TripletFunction):
     uses_all_triplets = True
 
     def check(self, options: Options) -> None:
-        """Refuse options that set the norm as clipping does, and estimates that are no triplets.
+        """Refuse options that set the norm as clipping does.
 
         Raises:
-            ValueError: if `clip` is missing, another option sets the norm, or `sigma` is a bound.
+            ValueError: if `clip` is missing, or another option sets the norm.
         """
         if options.clip is None:
             raise ValueError("constraint='clip': expected clip=c with it; pass clip=c alone")
         refuse_other_norms(
             f"clip={options.clip!r}", options, "coeff", "soft", "stable_rank", "gain"
         )
-        refuse_upper_bounds(f"clip={options.clip!r}", options)
 
     def matrices_in_use(self, matrices: Tensor, estimate: Estimate, options: Options) -> Tensor:
         """Return W − Σ max(0, σᵢ − c) uᵢ vᵢᴴ."""

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from snparam.constraints.division import Divisor, divide
-from snparam.estimators.estimate import ESTIMATORS, Estimate
+from snparam.estimators.estimate import Estimate
 from snparam.matrices import torch_private
 from snparam.matrices.views import WeightView
 
@@ -231,23 +231,6 @@ def refuse_other_norms(given: str, options: Options, *others: str) -> None:
                 f"{given} and {name}={value!r}: each says what becomes of the singular values; "
                 "pass one of them"
             )
-
-
-def refuse_upper_bounds(given: str, options: Options) -> None:
-    """Refuse an estimator whose σ is an upper bound, which belongs to no singular vectors.
-
-    Args:
-        given: the option that was given, with its value, for the error.
-        options: all options.
-
-    Raises:
-        ValueError: if the estimator of the options is one.
-    """
-    if ESTIMATORS[options.sigma].side == "above":
-        raise ValueError(
-            f"{given} changes singular triplets, and sigma={options.sigma!r} is a bound without "
-            "vectors; pass sigma='rayleigh-ritz'"
-        )
 
 
 CONSTRAINTS: dict[str, Constraint] = {}

@@ -16,7 +16,6 @@ from snparam.constraints.constraint import (
     Parameters,
     TripletFunction,
     refuse_other_norms,
-    refuse_upper_bounds,
     register_constraint,
 )
 from snparam.constraints.triplets import triplets_of
@@ -37,11 +36,10 @@ class StableRank(TripletFunction):
     name = "stable-rank"
 
     def check(self, options: Options) -> None:
-        """Refuse options that set the norm in another way, and estimates that are no triplets.
+        """Refuse options that set the norm in another way.
 
         Raises:
-            ValueError: if `stable_rank` is missing, another option sets the norm, or `sigma` is a
-                bound.
+            ValueError: if `stable_rank` is missing, or another option sets the norm.
         """
         if options.stable_rank is None:
             raise ValueError(
@@ -49,7 +47,6 @@ class StableRank(TripletFunction):
             )
         given = f"stable_rank={options.stable_rank!r}"
         refuse_other_norms(given, options, "soft", "clip", "gain")
-        refuse_upper_bounds(given, options)
 
     def matrices_in_use(self, matrices: Tensor, estimate: Estimate, options: Options) -> Tensor:
         """Return c (u₁ v₁ᴴ + t S); a zero matrix stays zero."""

@@ -263,7 +263,7 @@ def test_a_checkpointed_network_trains_as_the_other(update: Any, reentrant: bool
 @pytest.mark.parametrize("spelling", ["torch", "torch-hook", "biggan"])
 def test_layers_that_divide_by_estimates_cannot_say_it(spelling: str) -> None:
     net = network("forward")
-    with pytest.raises(ValueError, match="sigma='upper' divides it by an upper bound"):
+    with pytest.raises(ValueError, match="sigma='upper' divides it by a certified bound"):
         snparam.state_dict_for(net, spelling)
     plain = snparam.state_dict_for(net, "plain")
     assert torch.equal(plain["0.weight"], net.eval()[0].weight)
