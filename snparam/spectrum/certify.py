@@ -430,7 +430,7 @@ class _Walk:
         if name in _OF_SHAPES:
             return _evaluated_for_shapes(node, args, kwargs)
         if target is operator.getitem:
-            return _element(node, args[0])
+            return self._element(node, args[0], calls)
         inner = next((arg for arg in args if isinstance(arg, fx.GraphModule)), None)
         if inner is not None:
             return self._nested(node, inner, args)
@@ -469,6 +469,21 @@ class _Walk:
         if rule is None:
             raise NoConstant(_NO_RULE.format(name=str(target.overloadpacket)))
         return rule(operation)
+
+    def _element(self, node: fx.Node, value: Any, calls: dict[fx.Node, Operation]) -> Any:
+        """Return one of several results; of the first, a linear map in it is kept."""
+        source, index = node.args
+        if not isinstance(value, Operand):
+            return value[index]
+        if _is_discrete(node):
+            return _operand(node, Bound(math.inf))
+        if index == 0:
+            return _operand(node, value.known)
+        operation = calls.get(source)  # type: ignore[arg-type]
+        if operation is None or operation.name in REARRANGEMENTS:
+            return _operand(node, Bound(value.log_constant))
+        # Such as the mean and the reciprocal deviation that native_layer_norm gives as well.
+        return self._without_constant(node, f"the rule of {operation.name} is for its first result")
 
     def _nested(self, node: fx.Node, inner: fx.GraphModule, args: tuple[Any, ...]) -> Any:
         """Return the values of a region of the graph that has a graph of its own.
@@ -572,16 +587,6 @@ def _operand(node: fx.Node, known: Bound | Composition) -> Operand:
 
 def _is_discrete(node: fx.Node) -> bool:
     return _operand(node, Bound(0.0)).is_discrete
-
-
-def _element(node: fx.Node, value: Any) -> Any:
-    """Return one of several results; of the first, a linear map in it is kept."""
-    index = node.args[1]
-    if not isinstance(value, Operand):
-        return value[index]
-    if _is_discrete(node):
-        return _operand(node, Bound(math.inf))
-    return _operand(node, value.known if index == 0 else Bound(value.log_constant))
 
 
 def _operation_name(node: fx.Node) -> str:

@@ -323,11 +323,14 @@ class Slope:
         steepest: largest absolute value of its slope, rounded up.
         magnitude: upper bound of its absolute value.
         shrinks: whether |f(x)| ≤ |x|.
+        takes_complex: whether all that holds for complex numbers too, as it does not for functions
+            with poles or periods off the real axis.
     """
 
     steepest: float
     magnitude: float = math.inf
     shrinks: bool = False
+    takes_complex: bool = False
 
 
 # The extrema of the slopes of gelu, silu, mish and selu were found by bisection of the second
@@ -339,9 +342,9 @@ SLOPES = {
     "log_sigmoid": Slope(1.0),
     "log_sigmoid_forward": Slope(1.0),
     "softshrink": Slope(1.0, shrinks=True),
-    "abs": Slope(1.0, shrinks=True),
-    "neg": Slope(1.0, shrinks=True),
-    "negative": Slope(1.0, shrinks=True),
+    "abs": Slope(1.0, shrinks=True, takes_complex=True),
+    "neg": Slope(1.0, shrinks=True, takes_complex=True),
+    "negative": Slope(1.0, shrinks=True, takes_complex=True),
     "sigmoid": Slope(1 / 4, 1.0),
     "hardsigmoid": Slope(1 / 6 * (1 + _SLACK), 1.0),
     "silu": Slope(1.0998394, shrinks=True),
@@ -356,12 +359,19 @@ SLOPES = {
 }
 
 
+def _refuse_complex(operand: Operand) -> None:
+    if operand.dtype is not None and operand.dtype.is_complex:
+        raise NoConstant("its slope is that of real values, and these are complex")
+
+
 def _bound_of_slope(operation: Operation) -> Bound:
     slope = SLOPES[operation.name.removeprefix("aten::")]
     return _of_slope(operation.first, slope)
 
 
 def _of_slope(operand: Operand, slope: Slope) -> Bound:
+    if not slope.takes_complex:
+        _refuse_complex(operand)
     magnitude = min(slope.magnitude, operand.magnitude) if slope.shrinks else slope.magnitude
     return _times(operand, slope.steepest, magnitude)
 
@@ -389,6 +399,8 @@ def _softplus(operation: Operation) -> Bound:
 @rule("elu")
 def _elu(operation: Operation) -> Bound:
     """scale · x above 0, and scale · α(exp(βx) − 1) below, with slopes up to scale · αβ."""
+    if operation["input_scale"] < 0:
+        raise NoConstant("it grows exponentially for a negative input_scale")
     steepest = max(1.0, abs(operation["alpha"] * operation["input_scale"]))
     return _times(operation.first, abs(operation["scale"]) * steepest)
 
@@ -408,7 +420,7 @@ def _leaky_relu(operation: Operation) -> Bound:
 
 @rule("prelu _prelu_kernel")
 def _prelu(operation: Operation) -> Bound:
-    slope = max(1.0, _largest(operation["weight"]))
+    slope = max(_largest(operation["weight"]), 1.0)  # in this order NaN stays NaN
     return _times(operation.first, slope, slope * operation.first.magnitude)
 
 
@@ -445,6 +457,7 @@ def _dropout(operation: Operation) -> Bound:
 def _pow(operation: Operation) -> Bound:
     """n |x|ⁿ⁻¹ for n ≥ 1, which is bounded where x is."""
     operand = operation.first
+    _refuse_complex(operand)
     exponent = operation["exponent"] if operation.name == "aten::pow" else 2
     if not isinstance(exponent, int | float) or exponent < 1:
         raise NoConstant("its slope is unbounded")
@@ -452,13 +465,18 @@ def _pow(operation: Operation) -> Bound:
         return _times(operand, 1.0, operand.magnitude)
     if math.isinf(operand.magnitude):
         raise NoConstant("it is a power of a value without a bound")
-    slope = exponent * operand.magnitude ** (exponent - 1) * (1 + _SLACK)
-    return _times(operand, slope, operand.magnitude**exponent * (1 + _SLACK))
+    try:
+        slope = exponent * operand.magnitude ** (exponent - 1) * (1 + _SLACK)
+        magnitude = operand.magnitude**exponent * (1 + _SLACK)
+    except OverflowError:
+        raise NoConstant("its slope is above the range of floats") from None
+    return _times(operand, slope, magnitude)
 
 
 @rule("exp")
 def _exp(operation: Operation) -> Bound:
     operand = operation.first
+    _refuse_complex(operand)
     if operand.magnitude > 700:
         raise NoConstant("it is the exponential of a value without a bound")
     largest = math.exp(operand.magnitude) * (1 + _SLACK)
@@ -508,6 +526,7 @@ def _log_softmax(operation: Operation) -> Bound:
 @rule("logsumexp amax amin sort topk median nanmedian msort")
 def _of_largest(operation: Operation) -> Bound:
     """Order statistics move by no more than the largest difference; logsumexp has slope p."""
+    _refuse_complex(operation.first)
     return _times(operation.first, 1.0)
 
 
@@ -653,7 +672,7 @@ def _mul(operation: Operation) -> Bound | Composition:
     left, right = operation.arguments["self"], operation.arguments["other"]
     if isinstance(left, Operand) and isinstance(right, Operand):
         slope = _slope_of_product(operation)
-        if slope is not None:
+        if slope is not None and left.shape == operation.shape:
             return _of_slope(left, slope)
         return _product(operation, left, right)
     operand, factor = (left, right) if isinstance(left, Operand) else (right, left)
@@ -706,9 +725,9 @@ def _div(operation: Operation) -> Bound | Composition:
     if operation.arguments.get("rounding_mode") is not None:
         raise NoConstant("it rounds, and jumps")
     if isinstance(operation.arguments["other"], Operand):
-        slope = _slope_of_quotient(operation)
-        if slope is not None:
-            return _of_slope(operation.arguments["self"], slope)
+        slope, operand = _slope_of_quotient(operation), operation.arguments["self"]
+        if slope is not None and operand.shape == operation.shape:
+            return _of_slope(operand, slope)
         raise NoConstant("it divides by a value that depends on the input")
     divisor = as_float64(_as_tensor(operation["other"]))
     if not divisor.all():
@@ -841,11 +860,13 @@ def _slope_of_quotient(operation: Operation) -> Slope | None:
     is_euclidean = len(norm.args) < 2 or _is_number(norm.args[1], 2)
     if not is_euclidean or not isinstance(least, int | float) or not least > 0:
         return None
-    return Slope((1 + _SLACK) / least, 1.0)
+    return Slope((1 + _SLACK) / least, 1.0, takes_complex=True)
 
 
 def _is_tanhshrink(operation: Operation) -> bool:
     x, other = (_without_copies(operation.nodes[name]) for name in ("self", "other"))
+    if operation["alpha"] not in (None, 1):
+        return False
     return _name_of(other) == "tanh" and _without_copies(other.args[0]) is x
 
 
@@ -1056,6 +1077,9 @@ def _batch_norm(operation: Operation) -> Bound | Composition:
     if by_its_input or mean is None or variance is None:
         raise NoConstant("it normalises by the statistics of its input, without running ones")
     operand = operation.arguments["input"]
+    operation["bias"]
+    if not isinstance(operand, Operand):
+        raise NoConstant("its parameters depend on the network's input")
     factors = 1 / (as_float64(variance) + operation["eps"]).sqrt()
     if operation["weight"] is not None:
         factors = factors * as_float64(operation["weight"])
@@ -1248,7 +1272,10 @@ def _broadcast_copies(shape: Sequence[int], result: Sequence[int]) -> int:
 
 
 def _as_tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    if isinstance(value, Tensor):
+        return value
+    dtype = torch.complex128 if isinstance(value, complex) else torch.float64
+    return torch.tensor(value, dtype=dtype)
 
 
 def _is_finite(tensor: Tensor) -> bool:

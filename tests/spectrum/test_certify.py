@@ -325,7 +325,39 @@ WITHOUT = {
     "inverse": (Calls(lambda x: torch.linalg.pinv(x)), "no rule"),
     "no eps": (Calls(lambda x: F.layer_norm(x, (4,), eps=0.0)), "eps=0"),
     "nan": (Calls(lambda x: F.linear(x, torch.full((2, 4), torch.nan))), "NaN"),
+    "nan slope": (Calls(lambda x: F.prelu(x, torch.tensor([torch.nan]))), "not finite"),
+    "growing": (Calls(lambda x: torch.ops.aten.elu(x, 1.0, 1.0, -1.0)), "negative input_scale"),
+    "overflow": (Calls(lambda x: (torch.tanh(x) * 1e200).pow(3)), "range of floats"),
+    "deviation": (Calls(lambda x: torch.native_layer_norm(x, (4,), None, None, 1.0)[2]), "first"),
+    "batch offset": (
+        Calls(lambda x: F.batch_norm(x, torch.zeros(3), torch.ones(3), None, x.mean((0, 2)))),
+        "its bias depends",
+    ),
+} | {
+    # Off the real axis these have poles, and grow without bound.
+    f"complex {name}": (
+        Calls(lambda x, name=name: torch.view_as_real(getattr(torch, name)(_complex(x)))),
+        "complex",
+    )
+    for name in ("tanh", "sin", "sigmoid", "atan", "asinh")
 }
+
+
+def _complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (2, 2)))
+
+
+LARGER = {
+    "x - 5 tanh(x)": (lambda x: torch.sub(x, torch.tanh(x), alpha=5), 4.0),
+    "copies of x / ‖x‖": (lambda x: x / x.norm().clamp_min(0.1).expand(4, 2, 3, 4), 20.0),
+    "x · 2i": (lambda x: torch.view_as_real(_complex(x) * 2j), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_what_only_resembles_a_pattern_is_bounded_as_what_it_is(name: str) -> None:
+    function, slope = LARGER[name]
+    assert certify(Calls(function), torch.zeros(2, 3, 4)).bound >= slope * (1 - 1e-6)
 
 
 @pytest.mark.parametrize("name", WITHOUT)
