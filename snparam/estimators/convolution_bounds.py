@@ -51,7 +51,7 @@ from snparam.estimators.certified import (
     times_power_of_two,
 )
 from snparam.estimators.convergence import quasi_random
-from snparam.matrices.convolutions import Geometry
+from snparam.matrices.convolutions import ConvolutionView, Geometry
 from snparam.matrices.products import wide_dtype
 
 # The largest explicit matrix of a convolution at a size that is made: its entries, and the smaller
@@ -228,12 +228,7 @@ def _checked_size(
             f"input_size={size}: expected {count} positive number(s), the spatial size of the "
             "input, without batch and channels"
         )
-    output_size = geometry.output_size(size, tuple(weight.shape[2:]))
-    if any(n < 1 for n in output_size):
-        raise ValueError(
-            f"input_size={size}: the output would have the size {output_size}; pass the size that "
-            "the layer is called with"
-        )
+    ConvolutionView(tuple(weight.shape), geometry, size)  # raises where the size is too small
     return size
 
 

@@ -91,10 +91,11 @@ def _bounds(stack: Tensor | Stack) -> tuple[Tensor, Tensor, int]:
 
 
 def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in a narrower dtype, not below it."""
+    """Return x rounded to a narrower dtype, not below it, or as it is above the range of that."""
     narrow = x.to(dtype)
     above = torch.nextafter(narrow, torch.full_like(narrow, torch.inf))
-    return torch.where(narrow.to(x.dtype) < x, above, narrow)
+    rounded = torch.where(narrow.to(x.dtype) < x, above, narrow).to(x.dtype)
+    return torch.where(rounded.isfinite(), rounded, x)
 
 
 def _times(divisor: Tensor, coeff: float) -> Tensor:

@@ -102,12 +102,14 @@ class Reading:
         at_map: whether the forward applies σ at the linear map instead of computing the weight in
             use.
         regions: the checkpointed regions that have kept the estimate.
+        source: the weight that a certified estimate is of; None for other estimates.
     """
 
-    __slots__ = ("at_map", "estimate", "regions", "values")
+    __slots__ = ("at_map", "estimate", "regions", "source", "values")
 
     def __init__(self) -> None:
         self.estimate: Estimate | None = None
+        self.source: Fingerprint | None = None
         self.at_map = False
         self.values: dict[object, tuple[Tensor, Tensor]] = {}
         self.regions: list[Any] = []
@@ -233,6 +235,8 @@ class SpectralNorm(nn.Module):
         parameters = {name: getattr(self, name).detach() for name in self._parameter_names}
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._kept_estimate = self._last_estimate = self._certificate = None
+        if self._certifies:
+            self._trusted = False  # the bound in sv was rounded, and a compiled graph would use it
         for name, value in parameters.items():
             moved = getattr(self, name)
             if value.dtype != moved.dtype and not moved.is_meta:
@@ -372,6 +376,8 @@ class SpectralNorm(nn.Module):
             return self._unstored_estimate(weight)
         reading = reading or Reading()
         estimate = reading.estimate
+        if reading.source is not None and not reading.source.matches(weight):
+            estimate = None  # the weight was written to, or is another, of which it is no bound
         if estimate is None and in_backward():
             estimate, reading.at_map = repeated_estimate(
                 self, self._last_estimate, reading.at_map, reading.regions
@@ -384,6 +390,7 @@ class SpectralNorm(nn.Module):
             # Also for an estimate of before: a checkpointed region may have begun since then.
             keep_estimate(self, estimate, reading.at_map, reading.regions)
         reading.estimate = estimate
+        reading.source = Fingerprint(weight) if self._certifies else None
         return estimate
 
     def _compute_weight(self, weight: Tensor, reading: Reading | None) -> Tensor:
@@ -445,7 +452,8 @@ class SpectralNorm(nn.Module):
             stack = stack_of(source.clone() if weight.is_inference() else source, self.view)
             estimate = self._estimator.read(stack, self.u.to(stack.dtype), self.settings.eps)
             estimate = self.certify(weight, stack, estimate)
-        if isinstance(weight, nn.Parameter) and not (self.training or weight.is_inference()):
+        is_lasting = isinstance(weight, nn.Parameter) and not weight.is_inference()
+        if is_lasting and not self.training and not torch_private.functorch_is_active():
             self._certificate = Fingerprint(weight), estimate
         return estimate
 
@@ -542,8 +550,15 @@ class SpectralNorm(nn.Module):
         return self.settings.update == "step" or self._certifies
 
     def note_step(self) -> None:
-        """Note that an optimizer has written to the weight, which fused ones do uncounted."""
+        """Note that an optimizer may have written to the weight, which fused ones do uncounted."""
         self._certificate = None
+
+    def is_up_to_date_since(self, time: int, weight: Tensor) -> bool:
+        """Return whether the state was moved since a time, and has to follow no write after that.
+
+        A write that torch does not count would go unseen; a certificate takes no such risk.
+        """
+        return not self._certifies and self.moved_at > time and self.is_current_for(weight)
 
     def trust_hooks(self, time: int) -> None:
         """Rely on the hooks of `update` from now on: they have moved the state, at this time."""

@@ -85,29 +85,35 @@ def update(model: nn.Module) -> None:
 def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     if WATCHING:
         _step_starts[optimizer] = next(_clock)
+        _end_certificates()  # a step that raises has written to some weights, and has no end
 
 
 def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     if not WATCHING:
         return
     start = _step_starts.pop(optimizer, -1)
+    _end_certificates()
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     due = []
     for norm in list(WATCHING):
         original = next((p for p in norm.originals() if id(p) in stepped), None)
         if original is None:
             continue
-        norm.note_step()
         if is_sharded(original) and norm.needs_whole_weight:
             # No rank has the whole weight. FSDP2 gathers it for the forwards, which go on
             # moving a state that trusts no hook.
             continue
         # Optimizers nest: a state that an inner one has moved in this step is up to date, unless
         # its weight has changed since.
-        is_up_to_date = norm.moved_at > start and norm.is_current_for(original)
-        if norm.settings.update == "step" and not is_up_to_date:
+        if norm.settings.update == "step" and not norm.is_up_to_date_since(start, original):
             due.append((norm, original))
     _move_all(due)
+
+
+def _end_certificates() -> None:
+    """End all certificates: the weights may be others' now, whom no state knows."""
+    for norm in list(WATCHING):
+        norm.note_step()
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 from unittest import mock
 
@@ -204,6 +205,102 @@ def test_a_step_that_torch_does_not_count_ends_a_certificate(update: Any) -> Non
         assert not exceeds(used(layer), 1.0)
         original.grad = torch.randn_like(original)
         optimizer.step()
+    assert not exceeds(used(layer), 1.0)
+
+
+def fused(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(list(parameters), 0.5, fused=True)
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def test_other_parameters_in_the_place_of_a_weight_are_certified_after_fused_steps() -> None:
+    layer = nn.Sequential(held(torch.randn(30, 20), sigma="upper")).eval()
+    values = {name: nn.Parameter(p.detach().clone()) for name, p in layer.named_parameters()}
+    optimizer = fused(values.values())
+
+    def in_use() -> Tensor:
+        return torch.func.functional_call(layer[0], {"parametrizations.weight.original": value}, ())
+
+    (value,) = values.values()
+    for _ in range(2):
+        assert not exceeds(in_use(), 1.0)
+        stepped(optimizer)
+    assert not exceeds(in_use(), 1.0)
+
+
+def test_a_step_that_raises_ends_certificates_too() -> None:
+    layer = held(torch.randn(30, 20), sigma="upper").eval()
+    original = original_of(layer)
+
+    class Raises(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            original.data.mul_(3)  # as a fused kernel writes, uncounted
+            raise ArithmeticError
+
+    assert not exceeds(used(layer), 1.0)
+    with pytest.raises(ArithmeticError):
+        Raises([original], 0.1).step()
+    assert not exceeds(used(layer), 1.0)
+
+
+def test_an_outer_optimizer_that_writes_last_is_followed() -> None:
+    layer = held(torch.randn(30, 20), sigma="upper", update="step")
+    inner = fused([original_of(layer)])
+
+    class Outer(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            stepped(inner)
+            original_of(layer).data.mul_(3)
+
+    Outer([original_of(layer)], 0.1).step()
+    assert not exceeds(layer.train()(), 1.0)
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_write_between_reads_that_share_an_estimate_is_certified(is_cached: bool) -> None:
+    class Writes(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.weight.detach()
+            with torch.no_grad():
+                original_of(self).mul_(5)
+                return torch.stack([first, self.weight])
+
+    layer = snparam.register_sn(Writes(20, 30), sigma="upper", name="weight")
+    with snparam.cached(layer) if is_cached else contextlib.nullcontext():
+        for weight in layer(torch.zeros(1, 20)):
+            assert not exceeds(weight, 1.0)
+
+
+def test_half_precision_is_divided_by_more_than_it_can_hold() -> None:
+    layer = held(torch.full((40, 40), 6e3, dtype=torch.float16), sigma="upper")  # of norm 2.4e5
+    assert not exceeds(used(layer), 1.0)
+    assert float(torch.linalg.matrix_norm(used(layer).double(), 2)) > 0.98
+
+
+def test_a_graph_does_not_use_a_number_that_a_cast_has_rounded() -> None:
+    net = network("step")
+    snparam.update(net)
+    net.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="cannot certify"):
+        torch.compile(net, backend="eager", fullgraph=True)(torch.zeros(2, 6).bfloat16())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch to those who trace
+def test_a_transform_leaves_no_certificate_behind() -> None:
+    layer = held(torch.randn(5, 4), sigma="upper").eval()
+
+    def total(value: Tensor) -> Tensor:
+        named = {"parametrizations.weight.original": value}
+        return torch.func.functional_call(layer, named, ()).sum()
+
+    torch.func.grad(total)(original_of(layer))
+    torch.jit.trace(layer.requires_grad_(False), ())
     assert not exceeds(used(layer), 1.0)
 
 

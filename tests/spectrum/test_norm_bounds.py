@@ -147,3 +147,10 @@ def _broken() -> nn.Module:
 def test_what_it_refuses(layer: Any, arguments: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         norm_bounds(layer, **arguments)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "circular"])
+def test_a_size_that_padding_cannot_repeat_is_refused(mode: Any) -> None:
+    layer = nn.Conv2d(2, 3, 3, padding=3, padding_mode=mode)
+    with pytest.raises(ValueError, match=f"too small for {mode} padding by 3"):
+        snparam.norm_bounds(layer, (2, 2))
