@@ -239,7 +239,7 @@ def settings_from(num_svs: int, num_itrs: int, options: Mapping[str, Any]) -> Se
         if name not in known:
             close = [_TORCH_NAMES[name]] if name in _TORCH_NAMES else []
             close = close or difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise TypeError(f"unknown option {name!r}{hint} The options are: {', '.join(known)}")
     return Settings(num_svs, num_itrs, **options)
 

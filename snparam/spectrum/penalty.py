@@ -95,11 +95,7 @@ class SpectralPenalty:
             TypeError: if `model` is no module, or an option is of a wrong type.
         """
         check_model(model, "SpectralPenalty")
-        self.function = half_square if function is None else function
-        if not callable(self.function):
-            raise TypeError(
-                f"SpectralPenalty: function={function!r}: expected a function of singular values"
-            )
+        self.function = _checked_function(function, "SpectralPenalty")
         self._model = model
         self._settings = settings_from(num_svs, num_itrs, {"blocks": blocks})
         self._selection = Selection.from_arguments(include, exclude, filter_fn, model, None)
@@ -142,12 +138,27 @@ def spectral_penalty(
     Source: Yoshida and Miyato 2017; Lewandowski et al. 2025.
     """
     check_model(model, "spectral_penalty")
+    function = _checked_function(function, "spectral_penalty")
     settings = settings_from(num_svs, 1, {})
     kept = _kept.setdefault(model, {})
     if num_svs not in kept:
         selection = Selection.from_arguments(None, None, None, model, None)
         kept[num_svs] = _weights_to_penalise(model, settings, selection)
-    return _penalty(kept[num_svs], half_square if function is None else function, settings)
+    return _penalty(kept[num_svs], function, settings)
+
+
+def _checked_function(function: PenaltyFunction | None, name: str) -> PenaltyFunction:
+    """Return the function, or the default for None.
+
+    Raises:
+        TypeError: if it is no function.
+    """
+    if function is not None and not callable(function):
+        raise TypeError(
+            f"{name}: function={function!r}: expected a function of singular values; multiply "
+            "what it returns by a weight of your own"
+        )
+    return half_square if function is None else function
 
 
 @dataclass

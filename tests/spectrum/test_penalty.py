@@ -241,3 +241,9 @@ def test_faults_are_named() -> None:
     layer.weight = nn.Parameter(torch.randn(4, 3))
     with pytest.raises(ValueError, match=r"'weight' \(3, 3\).*new SpectralPenalty"):
         penalty()
+
+
+def test_a_factor_in_the_place_of_the_function_is_named() -> None:
+    for call in (snparam.SpectralPenalty, snparam.spectral_penalty):
+        with pytest.raises(TypeError, match=r"function=0\.01: expected a function"):
+            call(nn.Linear(3, 3), 0.01)  # type: ignore[operator]
