@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,11 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         written += [options.results / f"{name}.md", options.results / f"{name}.json"]
         report.write_markdown(written[0], rows, setup, command, options.ablate)
         report.write_json(written[1], data)
-    if options.json:
-        report.write_json(options.json, data)
-        written.append(options.json)
-    for path in written:
-        print(f"wrote {path}")
+    _finish(options, data, written)
     return 0
 
 
@@ -93,12 +90,17 @@ def _measure_tightness(options: argparse.Namespace, setup: Setup) -> int:
         tightness.write_markdown(written[0], found, setup, command)
         report.write_json(written[1], data)
         picture.draw(found).savefig(written[2], dpi=110)
+    _finish(options, data, written)
+    return 0
+
+
+def _finish(options: argparse.Namespace, data: Any, written: list[Path]) -> None:
+    """Write the numbers to the file of `--json`, if there is one, and say what was written."""
     if options.json:
         report.write_json(options.json, data)
         written.append(options.json)
     for path in written:
         print(f"wrote {path}")
-    return 0
 
 
 def _chosen(options: argparse.Namespace) -> list[Callable[[Setup], Iterator[Row]]]:

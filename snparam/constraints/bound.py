@@ -19,6 +19,7 @@ class Bound(Division):
     """The constraint that holds the norm at no more than `coeff`."""
 
     name = "bound"
+    takes_bounds = True
 
     def check(self, options: Options) -> None:
         """Refuse options that set the norm in another way.

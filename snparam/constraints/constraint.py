@@ -46,10 +46,6 @@ class Options(Protocol):
     def stable_rank(self) -> Any:
         """The bound of the stable rank, or None."""
 
-    @property
-    def sigma(self) -> str:
-        """Name of the estimator."""
-
 
 Parameters = Mapping[str, Tensor]
 
@@ -64,11 +60,14 @@ class Constraint:
         uses_all_triplets: whether `apply` reads all tracked vectors and values of the estimate, and
             not the first alone.
         takes_shards: whether `apply` takes sharded weights (DTensors).
+        takes_bounds: whether it divides by σ / c for a number c, so that the norm of the weight in
+            use is held by a σ that is a certified bound.
     """
 
     name: str
     uses_all_triplets = False
     takes_shards = True
+    takes_bounds = False
 
     def check(self, options: Options) -> None:
         """Check the options that belong to this constraint.

@@ -19,6 +19,7 @@ class Fixed(Division):
     """The constraint that holds the norm at `coeff`."""
 
     name = "fixed"
+    takes_bounds = True
 
     def check(self, options: Options) -> None:
         """Refuse options that set the norm in another way.

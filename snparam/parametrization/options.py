@@ -78,10 +78,6 @@ norm: which map σ is the norm of. `"matrix"` (the default, the classic method):
     groups; all other weights are matrices as ever. See docs/guarantees.md."""
 
 
-# The constraints whose norm a certified σ holds: those that divide by σ / c, where c is a number.
-_CERTIFIED = ("fixed", "bound")
-
-
 class Options(TypedDict, total=False):
     """Keyword options of `register_sn`, `plan_conversion` and `convert_model`.
 
@@ -155,7 +151,8 @@ class Settings:
         _check_name("sigma", self.sigma, ESTIMATORS)
         if self.constraint is not None:
             _check_name("constraint", self.constraint, CONSTRAINTS)
-        if ESTIMATORS[self.sigma].side == "above" and self.constraint_name not in _CERTIFIED:
+        takes_bounds = CONSTRAINTS[self.constraint_name].takes_bounds
+        if ESTIMATORS[self.sigma].side == "above" and not takes_bounds:
             raise ValueError(
                 f"sigma={self.sigma!r} with constraint={self.constraint_name!r}: the bound that it "
                 "certifies is for coeff and soft alone; leave out gain and constraint, or pass "

@@ -87,9 +87,10 @@ _NO_PARAMETERS: Mapping[str, Tensor] = MappingProxyType({})
 # have to move the states of sharded weights in one order.
 _numbers = count()
 
-# Every state that is alive, copies included, and has to know of the steps of optimizers, by the
-# hooks of `update`: those with `update="step"`, and those that keep a certificate of their weight.
-WATCHING: WeakSet[SpectralNorm] = WeakSet()
+# Every state with `update="step"` that is alive, copies included, and every state that keeps a
+# certificate now, for the hooks of `update`, which move the former and end the latter.
+STEPWISE: WeakSet[SpectralNorm] = WeakSet()
+CERTIFIED: WeakSet[SpectralNorm] = WeakSet()
 
 
 class Reading:
@@ -195,8 +196,8 @@ class SpectralNorm(nn.Module):
         self._owners: list[tuple[ReferenceType[nn.Module], str]] = []
         self.moved_at = -1
         self.number = next(_numbers)
-        if self.watches_optimizers:
-            WATCHING.add(self)
+        if self.settings.update == "step":
+            STEPWISE.add(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, but no option: those of the registration are read-only."""
@@ -455,6 +456,7 @@ class SpectralNorm(nn.Module):
         is_lasting = isinstance(weight, nn.Parameter) and not weight.is_inference()
         if is_lasting and not self.training and not torch_private.functorch_is_active():
             self._certificate = Fingerprint(weight), estimate
+            CERTIFIED.add(self)
         return estimate
 
     def certify(self, weight: Tensor, stack: Tensor | Stack, estimate: Estimate) -> Estimate:
@@ -549,7 +551,7 @@ class SpectralNorm(nn.Module):
         """Whether the steps of optimizers concern the state: they move it, or end a certificate."""
         return self.settings.update == "step" or self._certifies
 
-    def note_step(self) -> None:
+    def end_certificate(self) -> None:
         """Note that an optimizer may have written to the weight, which fused ones do uncounted."""
         self._certificate = None
 

@@ -29,7 +29,7 @@ from snparam.matrices.sharded import ShardedStack, is_sharded
 from snparam.matrices.stacks import stack_of
 from snparam.parametrization.arguments import check_model
 from snparam.parametrization.find import normalised_states
-from snparam.parametrization.spectral_norm import WATCHING, SpectralNorm
+from snparam.parametrization.spectral_norm import CERTIFIED, STEPWISE, SpectralNorm
 
 # Weights of at most this many entries, by device type (`_OTHER_STACKED_ENTRIES` for all other
 # types), are moved together with others of their shape. Stacking copies them, which costs less than
@@ -83,19 +83,19 @@ def update(model: nn.Module) -> None:
 
 
 def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    if WATCHING:
+    _end_certificates()  # a step that raises has written to some weights, and has no end
+    if STEPWISE:
         _step_starts[optimizer] = next(_clock)
-        _end_certificates()  # a step that raises has written to some weights, and has no end
 
 
 def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    if not WATCHING:
+    _end_certificates()
+    if not STEPWISE:
         return
     start = _step_starts.pop(optimizer, -1)
-    _end_certificates()
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     due = []
-    for norm in list(WATCHING):
+    for norm in list(STEPWISE):
         original = next((p for p in norm.originals() if id(p) in stepped), None)
         if original is None:
             continue
@@ -105,15 +105,16 @@ def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
             continue
         # Optimizers nest: a state that an inner one has moved in this step is up to date, unless
         # its weight has changed since.
-        if norm.settings.update == "step" and not norm.is_up_to_date_since(start, original):
+        if not norm.is_up_to_date_since(start, original):
             due.append((norm, original))
     _move_all(due)
 
 
 def _end_certificates() -> None:
     """End all certificates: the weights may be others' now, whom no state knows."""
-    for norm in list(WATCHING):
-        norm.note_step()
+    for norm in list(CERTIFIED):
+        norm.end_certificate()
+    CERTIFIED.clear()
 
 
 @torch.no_grad()
